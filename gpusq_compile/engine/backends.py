@@ -1,0 +1,172 @@
+"""Which builder is here, and for which GPUs it can build."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gpusq_compile.errors import InputError, did_you_mean
+
+BACKENDS = ("auto", "none", "tensorrt", "tensorrt-rtx")
+PORTABLE = "portable"
+
+GET_RTX = "pip install 'gpusq-compile[rtx]' (any machine, no GPU needed)"
+GET_TENSORRT = (
+    "pip install 'gpusq-compile[tensorrt]', or run build_engine.sh on a machine that has trtexec"
+)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A builder that can run here.
+
+    `gpu` is the compute capability of this machine's GPU ("sm89"), None for TensorRT-RTX, which
+    builds without one. `targets` are the names `build_engines` takes.
+    """
+
+    name: str
+    module: str
+    version: str
+    targets: tuple[str, ...]
+    gpu: str | None = None
+
+
+def choose_backend(name: str, targets: Sequence[str]) -> tuple[Backend | None, tuple[str, ...]]:
+    """The backend that `name` asks for, with remarks on what was passed over.
+
+    "auto" takes TensorRT where it is installed and the GPU is among `targets`, else TensorRT-RTX,
+    else none, with a remark that says how to get one. Raises InputError (unknown-engine-backend,
+    engine-backend-missing, engine-needs-gpu, unsupported-target) when what was asked for cannot
+    be had.
+    """
+    if name not in BACKENDS:
+        raise InputError(
+            "unknown-engine-backend",
+            f"engine backend '{name}' is not known",
+            hint=did_you_mean(name, BACKENDS),
+        )
+    if name == "none":
+        return None, ()
+    if not targets:
+        raise InputError(
+            "no-engine-target", "an engine was asked for, for no GPU", hint=f"name one: {PORTABLE}"
+        )
+    if name == "tensorrt":
+        backend = _tensorrt()
+        _check_targets(backend, targets)
+        return backend, ()
+    if name == "tensorrt-rtx":
+        backend = _tensorrt_rtx()
+        _check_targets(backend, targets)
+        return backend, ()
+    return _auto(targets)
+
+
+def _auto(targets: Sequence[str]) -> tuple[Backend | None, tuple[str, ...]]:
+    remarks: list[str] = []
+    try:
+        full = _tensorrt()
+        unsupported = [t for t in targets if t not in full.targets]
+        if not unsupported:
+            return full, ()
+        remarks.append(
+            f"TensorRT {full.version} builds for this machine's GPU ({full.gpu}) alone, not for "
+            f"{', '.join(unsupported)}: TensorRT-RTX was tried instead"
+        )
+    except InputError:
+        pass
+    try:
+        rtx = _tensorrt_rtx()
+    except InputError as error:
+        remarks.append(f"no engine was built: {error.message}; {error.hint}")
+        return None, tuple(remarks)
+    _check_targets(rtx, targets)
+    return rtx, tuple(remarks)
+
+
+def _import(module: str, name: str, hint: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    # A package without its libraries or driver raises whatever its loader met: OSError,
+    # RuntimeError, AttributeError.
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == module:
+            found = "is not installed"
+        else:
+            found = f"cannot be imported: {error}".split("\n")[0]
+        raise InputError(
+            "engine-backend-missing", f"engine backend '{name}': {module} {found}", hint=hint
+        ) from error
+
+
+def _tensorrt_rtx() -> Backend:
+    trt = _import("tensorrt_rtx", "tensorrt-rtx", GET_RTX)
+    capabilities = sorted(
+        (n for n in trt.ComputeCapability.__members__ if n.startswith("SM")),
+        key=lambda n: int(n[2:]),
+    )
+    return Backend(
+        name="tensorrt-rtx",
+        module="tensorrt_rtx",
+        version=trt.__version__,
+        targets=(PORTABLE, *(n.lower() for n in capabilities)),
+    )
+
+
+def _tensorrt() -> Backend:
+    trt = _import("tensorrt", "tensorrt", GET_TENSORRT)
+    if int(trt.__version__.split(".")[0]) < 10:
+        raise InputError(
+            "engine-backend-missing",
+            f"engine backend 'tensorrt': TensorRT {trt.__version__} is too old, 10 or later reads "
+            "a strongly typed ONNX file of opset 21",
+            hint=GET_TENSORRT,
+        )
+    gpu = gpu_capability()
+    if gpu is None:
+        raise InputError(
+            "engine-needs-gpu",
+            "engine backend 'tensorrt' builds on a machine with an NVIDIA GPU; none was found",
+            hint="use --engine tensorrt-rtx, which builds without one, or run build_engine.sh "
+            "on the machine with the GPU",
+        )
+    targets = (PORTABLE, gpu) if int(gpu[2:]) >= 80 else (gpu,)
+    return Backend("tensorrt", "tensorrt", trt.__version__, targets, gpu)
+
+
+def _check_targets(backend: Backend, targets: Sequence[str]) -> None:
+    for target in targets:
+        if target not in backend.targets:
+            raise InputError(
+                "unsupported-target",
+                f"{backend.name} {backend.version} cannot build an engine for '{target}'",
+                hint=did_you_mean(target, backend.targets),
+            )
+
+
+def gpu_capability() -> str | None:
+    """Compute capability of the first NVIDIA GPU ("sm89"), None without one.
+
+    Asks the CUDA driver itself, so that it needs neither the CUDA toolkit nor a CUDA build of
+    PyTorch (https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__DEVICE.html).
+    """
+    library = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+    try:
+        cuda = ctypes.CDLL(library)
+    except OSError:
+        return None
+    major_attribute, minor_attribute = 75, 76
+    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    calls: tuple[Callable[[], int], ...] = (
+        lambda: cuda.cuInit(0),
+        lambda: cuda.cuDeviceGet(ctypes.byref(device), 0),
+        lambda: cuda.cuDeviceGetAttribute(ctypes.byref(major), major_attribute, device),
+        lambda: cuda.cuDeviceGetAttribute(ctypes.byref(minor), minor_attribute, device),
+    )
+    if any(call() != 0 for call in calls):
+        return None
+    return f"sm{major.value}{minor.value}"
