@@ -1,0 +1,102 @@
+"""The state of one compilation: what passes read, change and add to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+import torch
+import torch.fx
+from torch import nn
+
+from gpusq_compile.console import Console
+from gpusq_compile.engine import EngineReport
+from gpusq_compile.language.loader import Rules
+from gpusq_compile.lowering.check import StoredLayer
+from gpusq_compile.lowering.runtime import Expected
+from gpusq_compile.model_source import ModelSource
+from gpusq_compile.network import Network
+from gpusq_compile.remarks import Remark
+
+EngineChoice = Literal["auto", "none", "tensorrt", "tensorrt-rtx"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the caller chose beside the rules. `steps` and `epochs` override the rules' budgets."""
+
+    finetune: bool = True
+    steps: int | None = None
+    epochs: float | None = None
+    engine: EngineChoice = "auto"
+    targets: tuple[str, ...] | None = None
+    device: str = "cpu"
+    seed: int = 0
+    dump_after: tuple[str, ...] = ()
+
+
+@dataclass
+class PassRecord:
+    """What the report says of one pass that ran.
+
+    `change` is the largest absolute change of the graph's outputs on the probe batch that the
+    pass caused, divided by the outputs' standard deviation; None where no graph output changed
+    hands.
+    """
+
+    name: str
+    matched: int
+    changed: int
+    skipped: int
+    seconds: float
+    change: float | None
+    remarks: list[Remark]
+
+
+@dataclass
+class Compilation:
+    """One compilation, from the user's model to the engine.
+
+    `graph` is the IR. `probe` are the (args, kwargs) that every numerical check runs on, and
+    `reference` the outputs before the current pass. `expected` are the fake-quantized graph's
+    outputs, which the final file must reproduce. `facts` are what passes so far ensure.
+    """
+
+    source: ModelSource
+    rules: Rules
+    options: Options
+    console: Console
+    network: Network
+    workdir: Path
+    graph: torch.fx.GraphModule | None = None
+    program: torch.export.ExportedProgram | None = None
+    probe: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+    reference: list[torch.Tensor] = field(default_factory=list)
+    facts: set[str] = field(default_factory=set)
+    records: list[PassRecord] = field(default_factory=list)
+    parameter_shapes: dict[str, torch.Size] = field(default_factory=dict)
+    tap_weights: list[float] | None = None
+    expected: list[Expected] = field(default_factory=list)
+    onnx_model: onnx.ModelProto | None = None
+    stored: dict[str, StoredLayer] = field(default_factory=dict)
+    finetune: dict[str, Any] = field(default_factory=dict)
+    accuracy: dict[str, float | None] = field(default_factory=dict)
+    verify: dict[str, Any] = field(default_factory=dict)
+    engine: EngineReport | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.options.device)
+
+    @property
+    def ir(self) -> torch.fx.GraphModule:
+        """The graph; a pass that uses it requires `graph`."""
+        if self.graph is None:
+            raise RuntimeError("no graph: the trace pass has not run")
+        return self.graph
+
+    def stand_in(self) -> nn.Module:
+        """What runs in the scope's place now: the graph, or before the trace the original."""
+        return self.graph if self.graph is not None else self.network.original

@@ -1,0 +1,142 @@
+"""Runs the passes: order, laws of the IR, numerical checks, time, and dumps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from gpusq_compile.compilation import Compilation, PassRecord
+from gpusq_compile.data import logits_of, top1
+from gpusq_compile.errors import InternalError
+from gpusq_compile.graph.text import graph_text
+from gpusq_compile.graph.verifier import verify_ir
+from gpusq_compile.pass_base import Pass
+from gpusq_compile.remarks import Kind
+
+MEASURED_AFTER = {
+    "canonicalize": "dense",
+    "finetune_sparse": "sparse",
+    "finetune_quantized": "quantized",
+}
+"""The passes after which top-1 is measured, and the name it has in the report."""
+
+
+def run_passes(compilation: Compilation, passes: Sequence[Pass]) -> None:
+    """Run `passes` in order and record each.
+
+    Raises:
+        InternalError: a requirement is missing, a law of the IR is broken, or a pass that claims
+            to preserve the function changed it.
+        Exception: what a pass itself raises.
+    """
+    for step in passes:
+        missing = [fact for fact in step.requires if fact not in compilation.facts]
+        if missing:
+            raise InternalError(
+                "pass-order", f"pass '{step.name}' requires {', '.join(missing)}, not yet ensured"
+            )
+        run_pass(compilation, step)
+        compilation.facts -= set(step.removes)
+        compilation.facts |= set(step.ensures)
+
+
+def run_pass(compilation: Compilation, step: Pass) -> None:
+    console = compilation.console
+    before = text_before(compilation, step)
+    started = time.monotonic()
+    result = step.run(compilation)
+    seconds = time.monotonic() - started
+    change = None
+    if compilation.graph is not None and "onnx" not in compilation.facts | set(step.ensures):
+        verify_ir(compilation.graph, step.name)
+        change = numerical_change(compilation)
+        if step.preserves is not None and not change <= step.preserves:
+            raise InternalError(
+                "not-preserved",
+                f"pass '{step.name}' changed the outputs by {change:.3g} standard deviations, "
+                f"its limit is {step.preserves:g}",
+            )
+    record = PassRecord(
+        step.name, result.matched, result.changed, result.skipped, seconds, change, result.remarks
+    )
+    compilation.records.append(record)
+    console.detail(
+        f"{step.name}: {result.changed} of {result.matched} changed, "
+        f"{result.skipped} skipped, {seconds:.2f} s"
+    )
+    for remark in result.remarks:
+        console.detail(f"  {remark.kind}: {remark.layer or '-'}: {remark.reason}")
+        if remark.code in ("random-weights", "synthetic-calibration"):
+            console.warn(remark.reason)
+    dump(compilation, step, before)
+    if step.name in MEASURED_AFTER:
+        measure(compilation, MEASURED_AFTER[step.name])
+
+
+def numerical_change(compilation: Compilation) -> float:
+    """The largest change of the graph's outputs on the probe since the last pass.
+
+    In standard deviations of the output before. The new outputs become the reference.
+    """
+    args, kwargs = compilation.probe
+    with torch.no_grad():
+        outputs = compilation.ir(*args, **kwargs)
+    after = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+    changes = [0.0]
+    for old, new in zip(compilation.reference, after, strict=True):
+        if old.is_floating_point():
+            spread = old.std().clamp_min(1e-12)
+            changes.append(float((new - old).abs().max() / spread))
+    compilation.reference = after
+    return max(changes)
+
+
+def measure(compilation: Compilation, name: str) -> None:
+    """Top-1 of the graph as it is now over the evaluation data, where there is any."""
+    factory = compilation.source.eval_data
+    if factory is None:
+        compilation.accuracy[name] = None
+        return
+
+    def predict(inputs: tuple[object, ...]) -> torch.Tensor:
+        with torch.no_grad():
+            outputs = compilation.network.run(compilation.ir, inputs)
+        return logits_of(outputs, compilation.source.logits)
+
+    accuracy = top1(predict, factory, compilation.device)
+    compilation.accuracy[name] = accuracy.top1 if accuracy else None
+    if accuracy:
+        compilation.console.info(f"top-1 {name}: {accuracy.top1:.2%} of {accuracy.images} images")
+
+
+def text_before(compilation: Compilation, step: Pass) -> str | None:
+    wanted = compilation.options.dump_after
+    if "changed" not in wanted or compilation.graph is None:
+        return None
+    return graph_text(compilation.graph)
+
+
+def dump(compilation: Compilation, step: Pass, before: str | None) -> None:
+    """Write the graph's text after the pass, where `dump_after` names it."""
+    wanted = compilation.options.dump_after
+    if compilation.graph is None or not wanted:
+        return
+    text = graph_text(compilation.graph)
+    if step.name in wanted or "all" in wanted or ("changed" in wanted and text != before):
+        folder = compilation.workdir / "dumps"
+        folder.mkdir(exist_ok=True)
+        index = len(compilation.records)
+        (folder / f"{index:02d}-{step.name}.txt").write_text(text)
+
+
+def missed_remarks(compilation: Compilation) -> list[str]:
+    """Every remark of something asked for and not done, as one line each."""
+    return [
+        f"{record.name}: {remark.layer or '-'}: {remark.reason}"
+        for record in compilation.records
+        for remark in record.remarks
+        if remark.kind is Kind.MISSED
+    ]

@@ -1,0 +1,1 @@
+"""The two fine-tune phases of GPUSQ-ViT's Algorithm 1."""

@@ -1,0 +1,1 @@
+"""Reading and editing the IR: a `torch.fx.GraphModule` that `torch.export` produced."""

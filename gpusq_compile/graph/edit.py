@@ -1,0 +1,129 @@
+"""Editing the IR: insert submodule calls and operators, and keep each node's shape metadata."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+NAMESPACE = "gpusq"
+"""Submodules that passes add live under this attribute, apart from the user's own names."""
+
+_PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack")
+
+
+def inserted_path(kind: str, layer: str) -> str:
+    """The dotted path of an inserted submodule, e.g. `gpusq.mask.blocks_0_attn_qkv`."""
+    safe = "".join(char if char.isalnum() else "_" for char in layer)
+    return f"{NAMESPACE}.{kind}.{safe}"
+
+
+def fake_mode_of(graph: torch.fx.Graph) -> FakeTensorMode:
+    """The fake-tensor mode the graph was traced in; shapes of new nodes are computed in it."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    raise ValueError("the graph carries no shape metadata")
+
+
+def insert_module_call(
+    graph_module: torch.fx.GraphModule,
+    path: str,
+    module: torch.nn.Module,
+    value: torch.fx.Node,
+) -> torch.fx.Node:
+    """Add `module` under `path` and a node that calls it on `value`, right after `value`.
+
+    The module must keep shape and dtype (masks, fake-quantizers, taps do). Users of `value` are
+    not rewired: the caller decides which of them see the new node.
+    """
+    if not graph_module.add_submodule(path, module):
+        raise ValueError(f"cannot add a submodule at {path}")
+    with graph_module.graph.inserting_after(value):
+        node = graph_module.graph.call_module(path, (value,))
+    node.meta["val"] = value.meta.get("val")
+    copy_provenance(value, node)
+    return node
+
+
+def insert_behind(
+    graph_module: torch.fx.GraphModule,
+    path: str,
+    module: torch.nn.Module,
+    value: torch.fx.Node,
+) -> torch.fx.Node:
+    """Like `insert_module_call`, and every user of `value` reads the new node instead."""
+    node = insert_module_call(graph_module, path, module, value)
+
+    def reads_old(user: torch.fx.Node) -> bool:
+        return user is not node
+
+    value.replace_all_uses_with(node, delete_user_cb=reads_old)
+    return node
+
+
+def insert_call(
+    graph: torch.fx.Graph,
+    target: Any,
+    args: tuple[Any, ...],
+    *,
+    provenance: torch.fx.Node,
+) -> torch.fx.Node:
+    """Add a `call_function` node at the graph's insertion point, with its shape computed."""
+    node = graph.call_function(target, args)
+    copy_provenance(provenance, node)
+    compute_val(graph, node)
+    return node
+
+
+def compute_val(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
+    """Set `node.meta["val"]` by running its operator on the fake values of its inputs."""
+    args, kwargs = torch.fx.node.map_arg(
+        (node.args, node.kwargs), lambda argument: argument.meta["val"]
+    )
+    with fake_mode_of(graph):
+        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def insert_get_attr(
+    graph_module: torch.fx.GraphModule, path: str, *, provenance: torch.fx.Node
+) -> torch.fx.Node:
+    """Add a `get_attr` node at the graph's insertion point."""
+    graph = graph_module.graph
+    node = graph.get_attr(path)
+    copy_provenance(provenance, node)
+    parent, _, leaf = path.rpartition(".")
+    value = getattr(graph_module.get_submodule(parent), leaf)
+    node.meta["val"] = fake_mode_of(graph).from_tensor(value.detach(), static_shapes=True)
+    return node
+
+
+def copy_provenance(source: torch.fx.Node, target: torch.fx.Node) -> None:
+    for key in _PROVENANCE:
+        if key in source.meta:
+            target.meta[key] = source.meta[key]
+
+
+def set_tensor(
+    graph_module: torch.fx.GraphModule, path: str, value: torch.Tensor, *, trainable: bool
+) -> None:
+    """Replace (or add) the tensor at `path`, as a parameter or a buffer."""
+    parent, _, leaf = path.rpartition(".")
+    owner = graph_module.get_submodule(parent)
+    if hasattr(owner, leaf):
+        delattr(owner, leaf)
+    if trainable:
+        owner.register_parameter(leaf, torch.nn.Parameter(value))
+    else:
+        owner.register_buffer(leaf, value)
+
+
+def finish(graph_module: torch.fx.GraphModule) -> None:
+    """Drop dead nodes and unused submodules, check the graph and rebuild its code."""
+    graph_module.graph.eliminate_dead_code()
+    graph_module.delete_all_unused_submodules()
+    graph_module.graph.lint()
+    graph_module.recompile()

@@ -1,0 +1,142 @@
+"""Questions about the IR: which operator a node is, which weight it has, where it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from operator import attrgetter
+
+import torch
+import torch.fx
+
+aten = torch.ops.aten
+
+OPS: dict[object, str] = {
+    aten.linear.default: "linear",
+    aten.conv2d.default: "conv2d",
+    aten.layer_norm.default: "layer_norm",
+    aten.add.Tensor: "add",
+}
+WEIGHTED_OPS = frozenset({"linear", "conv2d"})
+
+
+def op_of(node: torch.fx.Node) -> str | None:
+    """The rules language's name of a node's operator, None when it has none."""
+    return OPS.get(node.target) if node.op == "call_function" else None
+
+
+def is_weighted(node: torch.fx.Node) -> bool:
+    return op_of(node) in WEIGHTED_OPS
+
+
+def tensor_attribute(graph_module: torch.fx.GraphModule, path: str) -> torch.Tensor:
+    """The parameter, buffer or constant that a `get_attr` node of this `path` reads."""
+    value = attrgetter(path)(graph_module)
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{path} is a {type(value).__name__}, not a tensor")
+    return value
+
+
+def weight_source(node: torch.fx.Node) -> torch.fx.Node | None:
+    """The `get_attr` node of a weighted operator's weight, through masks and fake-quantizers.
+
+    None when the weight is computed in the graph, so that there is no constant to compress.
+    """
+    source = node.args[1]
+    while isinstance(source, torch.fx.Node) and source.op == "call_module":
+        source = source.args[0]
+    if isinstance(source, torch.fx.Node) and source.op == "get_attr":
+        return source
+    return None
+
+
+def shape_of(node: torch.fx.Node) -> tuple[int | torch.SymInt, ...] | None:
+    """The shape of a node's value (symbolic dimensions included), None if it is no tensor."""
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def static_shape(node: torch.fx.Node) -> tuple[int | None, ...] | None:
+    """The shape with every dynamic dimension as None: comparable between nodes."""
+    shape = shape_of(node)
+    if shape is None:
+        return None
+    return tuple(size if isinstance(size, int) else None for size in shape)
+
+
+def module_stack(node: torch.fx.Node) -> list[tuple[str, str]]:
+    """(dotted path, class name) of the modules a node was traced in, outermost first."""
+    stack = node.meta.get("nn_module_stack") or {}
+    entries: list[tuple[str, str]] = []
+    for path, cls in stack.values():
+        name = cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}"
+        entries.append((path, name))
+    return entries
+
+
+def module_path(node: torch.fx.Node) -> str:
+    stack = module_stack(node)
+    return stack[-1][0] if stack else ""
+
+
+def module_class(node: torch.fx.Node) -> str:
+    stack = module_stack(node)
+    return stack[-1][1] if stack else ""
+
+
+def source_line(node: torch.fx.Node) -> str | None:
+    """`file:line` of the user's code that made this node, None when it was not kept."""
+    trace = node.meta.get("stack_trace")
+    if not trace:
+        return None
+    lines = [line.strip() for line in str(trace).splitlines() if line.strip().startswith("File ")]
+    if not lines:
+        return None
+    parts = lines[-1].split('"')
+    line = parts[2].split("line ")[1].split(",")[0].strip()
+    return f"{parts[1]}:{line}"
+
+
+def input_dependent(graph: torch.fx.Graph) -> set[torch.fx.Node]:
+    """The nodes whose value depends on the graph's inputs (not on parameters alone)."""
+    dependent: set[torch.fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or any(arg in dependent for arg in node.all_input_nodes):
+            dependent.add(node)
+    return dependent
+
+
+def walk_users(
+    start: torch.fx.Node, through: Callable[[torch.fx.Node], bool]
+) -> Iterator[torch.fx.Node]:
+    """Nodes reachable downstream from `start`, each once; goes on past those `through` accepts."""
+    yield from _walk(start, lambda node: list(node.users), through)
+
+
+def walk_inputs(
+    start: torch.fx.Node, through: Callable[[torch.fx.Node], bool]
+) -> Iterator[torch.fx.Node]:
+    """Nodes reachable upstream from `start`, each once; goes on past those `through` accepts."""
+    yield from _walk(start, lambda node: node.all_input_nodes, through)
+
+
+def _walk(
+    start: torch.fx.Node,
+    step: Callable[[torch.fx.Node], list[torch.fx.Node]],
+    through: Callable[[torch.fx.Node], bool],
+) -> Iterator[torch.fx.Node]:
+    seen = {start}
+    queue = list(step(start))
+    while queue:
+        node = queue.pop(0)
+        if node in seen:
+            continue
+        seen.add(node)
+        yield node
+        if through(node):
+            queue.extend(step(node))
+
+
+def output_nodes(graph: torch.fx.Graph) -> list[torch.fx.Node]:
+    """The nodes whose values the graph returns, flattened, in order."""
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    return list(output.all_input_nodes)

@@ -1,0 +1,160 @@
+"""Structural truth of the final ONNX file: what is stored for each layer, read back from it.
+
+Nothing here trusts a pass: it starts at the GEMM that bears the layer's name and walks to the
+stored weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+
+from gpusq_compile.plan import LayerPlan
+from gpusq_compile.sparsity import PATTERNS, violations
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """What the file holds for one layer.
+
+    `mask_ok` is None when no sparsity was applied. `weight_bytes` counts the weight and its
+    scales. `faults` are the promises that the file breaks.
+    """
+
+    name: str
+    weight_dtype: str | None
+    mask_ok: bool | None
+    weight_bytes: int
+    faults: tuple[str, ...]
+
+
+class _Graph:
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.nodes = {node.name: node for node in model.graph.node}
+        self.producers = {output: node for node in model.graph.node for output in node.output}
+        self.users: dict[str, list[onnx.NodeProto]] = {}
+        for node in model.graph.node:
+            for name in node.input:
+                self.users.setdefault(name, []).append(node)
+
+    def array(self, name: str) -> np.ndarray | None:
+        tensor = self.initializers.get(name)
+        return None if tensor is None else numpy_helper.to_array(tensor)
+
+
+def check_layers(model: onnx.ModelProto, plans: list[LayerPlan]) -> list[StoredLayer]:
+    """Check every planned layer of the final model."""
+    graph = _Graph(model)
+    return [_check_layer(graph, plan) for plan in plans]
+
+
+def _check_layer(graph: _Graph, plan: LayerPlan) -> StoredLayer:
+    gemm = graph.nodes.get(plan.name)
+    if gemm is None:
+        return StoredLayer(plan.name, None, None, 0, ("no node of this name in the file",))
+    faults: list[str] = []
+    dequantize = graph.producers.get(gemm.input[1])
+    if dequantize is None:
+        stored = graph.array(gemm.input[1])
+        scale = None
+    elif dequantize.op_type == "DequantizeLinear":
+        stored = graph.array(dequantize.input[0])
+        scale = graph.array(dequantize.input[1])
+    else:
+        stored, scale = None, None
+    if stored is None:
+        return StoredLayer(plan.name, None, None, 0, ("its weight is no stored constant",))
+    # MatMul stores [K, N]; Gemm with transB [N, K]; Conv [out, in, kh, kw].
+    output_axis = 1 if gemm.op_type == "MatMul" or not _attribute(gemm, "transB", 1) else 0
+    by_output = np.moveaxis(stored, output_axis, 0)
+    mask_ok = None
+    if plan.applied.sparsity is not None:
+        pattern = PATTERNS[plan.applied.sparsity]
+        bad = violations(torch.from_numpy(np.ascontiguousarray(by_output)), pattern)
+        mask_ok = bad == 0
+        if bad:
+            faults.append(f"{bad} groups break {plan.applied.sparsity}")
+    if plan.applied.weight is not None:
+        faults += _weight_faults(stored, scale, dequantize, output_axis, graph)
+    if plan.applied.activation is not None:
+        faults += _activation_faults(graph, graph.producers.get(gemm.input[0]), "input")
+    if plan.applied.output is not None:
+        faults += _output_faults(graph, gemm)
+    size = stored.nbytes + (scale.nbytes if scale is not None else 0)
+    return StoredLayer(plan.name, str(stored.dtype), mask_ok, size, tuple(faults))
+
+
+def _weight_faults(
+    stored: np.ndarray,
+    scale: np.ndarray | None,
+    dequantize: onnx.NodeProto | None,
+    output_axis: int,
+    graph: _Graph,
+) -> list[str]:
+    if dequantize is None or scale is None:
+        return [f"its weight is stored as {stored.dtype}, not as int8 with scales"]
+    faults = []
+    if stored.dtype != np.int8:
+        faults.append(f"its weight is {stored.dtype}, not int8")
+    if int(stored.min(initial=0)) < -127:
+        faults.append("its weight reaches -128, outside the symmetric range")
+    if scale.shape != (stored.shape[output_axis],):
+        faults.append(f"{scale.shape} scales for {stored.shape[output_axis]} output channels")
+    if _attribute(dequantize, "axis", 1) != output_axis:
+        faults.append(f"scales lie on axis {_attribute(dequantize, 'axis', 1)}, not {output_axis}")
+    if not bool((scale > 0).all()):
+        faults.append("a weight scale is not positive")
+    return faults + _zero_point_faults(graph, dequantize, "weight")
+
+
+def _activation_faults(graph: _Graph, dequantize: onnx.NodeProto | None, side: str) -> list[str]:
+    if dequantize is None or dequantize.op_type != "DequantizeLinear":
+        return [f"its {side} is not quantized"]
+    quantize = graph.producers.get(dequantize.input[0])
+    if quantize is None or quantize.op_type != "QuantizeLinear":
+        return [f"its {side} is dequantized, but never quantized"]
+    faults = []
+    for node in (quantize, dequantize):
+        scale = graph.array(node.input[1])
+        if scale is None or scale.ndim != 0:
+            faults.append(f"its {side} scale is not one constant")
+        elif not float(scale) > 0:
+            faults.append(f"its {side} scale is {float(scale)}")
+        faults += _zero_point_faults(graph, node, side)
+    return faults
+
+
+def _output_faults(graph: _Graph, gemm: onnx.NodeProto) -> list[str]:
+    users = graph.users.get(gemm.output[0], [])
+    if len(users) == 1 and users[0].op_type == "Add":
+        users = graph.users.get(users[0].output[0], [])
+    if not users or any(user.op_type != "QuantizeLinear" for user in users):
+        return ["its output is not quantized"]
+    return [
+        fault
+        for user in users
+        for reader in graph.users.get(user.output[0], [])
+        for fault in _activation_faults(graph, reader, "output")
+    ]
+
+
+def _zero_point_faults(graph: _Graph, node: onnx.NodeProto, side: str) -> list[str]:
+    if len(node.input) < 3 or not node.input[2]:
+        return []
+    zero_point = graph.array(node.input[2])
+    if zero_point is None or zero_point.dtype != np.int8 or bool((zero_point != 0).any()):
+        return [f"its {side} zero-point is not int8 0"]
+    return []
+
+
+def _attribute(node: onnx.NodeProto, name: str, default: int) -> int:
+    """The integer attribute; for `transB` of a Conv the default says its weight is output-first."""
+    for attribute in node.attribute:
+        if attribute.name == name:
+            return int(attribute.i)
+    return 0 if name == "transB" and node.op_type == "Gemm" else default

@@ -1,0 +1,80 @@
+"""A graph module -> an `ExportedProgram`, without tracing it again.
+
+`torch.export`'s unlifted form reads parameters by `get_attr`; the program form takes them as graph
+inputs described by a signature (torch.export, "Export IR Spec"). Tracing the rewritten module
+again would cost seconds and lose provenance; lifting it is a rename.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.fx
+from torch.export.graph_signature import (
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    OutputSpec,
+    TensorArgument,
+)
+from torch.utils._pytree import tree_leaves
+
+from gpusq_compile.graph.query import tensor_attribute
+
+
+def lift(
+    graph_module: torch.fx.GraphModule, traced: torch.export.ExportedProgram
+) -> torch.export.ExportedProgram:
+    """The program of a rewritten `graph_module`, with the call convention of `traced`.
+
+    Every tensor the graph reads becomes an input of the program: parameters as such, everything
+    else as a buffer.
+    """
+    graph = torch.fx.Graph()
+    values: dict[torch.fx.Node, Any] = {}
+    parameters = dict(graph_module.named_parameters(remove_duplicate=False))
+    specs: list[InputSpec] = []
+    state: dict[str, torch.Tensor] = {}
+    lifted: dict[str, torch.fx.Node] = {}
+    for node in graph_module.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        path = str(node.target)
+        if path not in lifted:
+            kind = InputKind.PARAMETER if path in parameters else InputKind.BUFFER
+            placeholder = graph.placeholder(("p_" if path in parameters else "b_") + node.name)
+            placeholder.meta = copy.copy(node.meta)
+            lifted[path] = placeholder
+            state[path] = tensor_attribute(graph_module, path)
+            persistent = None if kind is InputKind.PARAMETER else True
+            specs.append(InputSpec(kind, TensorArgument(placeholder.name), path, persistent))
+        values[node] = lifted[path]
+    for node in graph_module.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = graph.node_copy(node)
+            argument = TensorArgument(values[node].name)
+            specs.append(InputSpec(InputKind.USER_INPUT, argument, None))
+    for node in graph_module.graph.nodes:
+        if node.op in ("get_attr", "placeholder"):
+            continue
+        if node.op != "output":
+            values[node] = graph.node_copy(node, lambda argument: values[argument])
+    output = next(node for node in reversed(graph_module.graph.nodes) if node.op == "output")
+    results = [values[leaf] for leaf in tree_leaves(output.args[0]) if leaf is not None]
+    graph.output(tuple(results))
+    outputs = [
+        OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(result.name), None) for result in results
+    ]
+    return torch.export.ExportedProgram(
+        root=torch.nn.Module(),
+        graph=graph,
+        graph_signature=ExportGraphSignature(specs, outputs),
+        state_dict=state,
+        range_constraints=traced.range_constraints,
+        module_call_graph=traced.module_call_graph,
+        example_inputs=traced.example_inputs,
+        constants={},
+    )

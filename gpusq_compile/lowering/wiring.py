@@ -1,0 +1,66 @@
+"""Wiring of the ONNX graph around one weight, with onnx-graphsurgeon."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+GEMM_OPS = frozenset({"MatMul", "Gemm", "Conv"})
+WEIGHT_PATH_OPS = frozenset({"DequantizeLinear", "Transpose"})
+
+
+def consumers(weight: gs.Constant) -> Iterator[gs.Node]:
+    """The nodes that read a weight, through its DequantizeLinear and Transpose."""
+    queue = list(weight.outputs)
+    while queue:
+        node = queue.pop(0)
+        yield node
+        if node.op in WEIGHT_PATH_OPS:
+            queue.extend(node.outputs[0].outputs)
+
+
+def untranspose(weight: gs.Constant) -> bool:
+    """Store a [N, K] weight that is only read transposed as [K, N], and drop the Transpose.
+
+    The per-channel axis of its DequantizeLinear moves from 0 to 1 with it. Returns whether the
+    graph had that form.
+    """
+    head = list(weight.outputs)
+    dequantize = head[0] if len(head) == 1 and head[0].op == "DequantizeLinear" else None
+    readers = list(dequantize.outputs[0].outputs) if dequantize is not None else head
+    if not readers or any(
+        node.op != "Transpose" or node.attrs.get("perm", [1, 0]) != [1, 0] for node in readers
+    ):
+        return False
+    weight.values = np.ascontiguousarray(weight.values.T)
+    source = weight
+    if dequantize is not None:
+        dequantize.attrs["axis"] = 1
+        source = dequantize.outputs[0]
+        if source.shape is not None:
+            source.shape = list(reversed(source.shape))
+    for transpose in readers:
+        transposed = transpose.outputs[0]
+        for user in list(transposed.outputs):
+            user.inputs[user.inputs.index(transposed)] = source
+        transpose.inputs.clear()
+        transpose.outputs.clear()
+    return True
+
+
+def name_quantizers(gemm: gs.Node) -> None:
+    """Name the Q/DQ nodes at a GEMM after it: `LAYER/input_q`, `LAYER/weight_dq`, ..."""
+    for position, side in ((0, "input"), (1, "weight")):
+        dequantize = _producer(gemm.inputs[position])
+        if dequantize is None or dequantize.op != "DequantizeLinear":
+            continue
+        dequantize.name = f"{gemm.name}/{side}_dq"
+        quantize = _producer(dequantize.inputs[0])
+        if quantize is not None and quantize.op == "QuantizeLinear":
+            quantize.name = f"{gemm.name}/{side}_q"
+
+
+def _producer(tensor: gs.Tensor) -> gs.Node | None:
+    return tensor.inputs[0] if tensor.inputs else None

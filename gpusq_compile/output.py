@@ -1,0 +1,113 @@
+"""The output folder: staged beside its final place, published by rename, listed in a manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gpusq_compile.errors import InputError
+
+MANIFEST = "manifest.json"
+REPORT = "report.json"
+STAGING_PREFIX = ".gpusq-staging-"
+
+
+@contextmanager
+def staging(output: Path | None) -> Iterator[Path]:
+    """A fresh folder to write in, on the file system of `output`; removed at the end in any case.
+
+    Raises:
+        InputError: `output` is a file, or cannot be created or written.
+    """
+    if output is None:
+        with tempfile.TemporaryDirectory(prefix="gpusq-") as folder:
+            yield Path(folder)
+        return
+    if output.exists() and not output.is_dir():
+        raise InputError(
+            "output-is-a-file", f"{output} is a file", hint="-o takes a folder, made when missing"
+        )
+    missing = [folder for folder in (output, *output.parents) if not folder.exists()]
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=output))
+    except OSError as error:
+        _remove_empty(missing)
+        raise InputError(
+            "output-not-writable",
+            f"cannot write to {output}: {error.strerror}",
+            hint="choose another folder with -o",
+        ) from None
+    try:
+        yield stage
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        _remove_empty(missing)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove the folders that this run made, innermost first, as long as they are empty."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
+
+
+def publish(stage: Path, output: Path, about: dict[str, Any]) -> list[Path]:
+    """Move every staged file into `output`, the manifest last.
+
+    Files that an earlier run listed in its manifest and this one did not write are removed, so
+    that the folder never mixes two runs. `about` is what the manifest says beside its files.
+    """
+    staged = sorted(path for path in stage.rglob("*") if path.is_file())
+    names = [str(path.relative_to(stage)) for path in staged]
+    for stale in sorted(set(_listed(output)) - set(names)):
+        target = output / stale
+        target.unlink(missing_ok=True)
+        if target.parent != output:
+            _remove_empty([target.parent])
+    (output / MANIFEST).unlink(missing_ok=True)
+    manifest = {**about, "files": {n: digest(p) for n, p in zip(names, staged, strict=True)}}
+    published = []
+    for name, path in zip(names, staged, strict=True):
+        target = output / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+        published.append(target)
+    write_json(stage / MANIFEST, manifest)
+    os.replace(stage / MANIFEST, output / MANIFEST)
+    return published
+
+
+def _listed(output: Path) -> list[str]:
+    """The files an earlier run's manifest lists; only plain names inside the folder count."""
+    try:
+        listed = json.loads((output / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [
+        name
+        for name in listed
+        if isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts
+    ]
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` to a temporary name and rename it, so that no reader sees half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    os.replace(temporary, path)

@@ -1,0 +1,1 @@
+"""Symmetric fake quantization with learned scales, its calibration, and the integer operators."""

@@ -1,0 +1,1 @@
+"""The report: one schema-versioned JSON document, and its view on the terminal."""

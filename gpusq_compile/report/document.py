@@ -1,0 +1,134 @@
+"""`report.json`: what was done to each layer, why, and what it cost."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from gpusq_compile import __version__
+from gpusq_compile.compilation import Compilation, PassRecord
+from gpusq_compile.errors import GpusqError
+from gpusq_compile.plan import LayerPlan, Treatment, planned
+
+SCHEMA_VERSION = 1
+FP32_BYTES = 4
+
+
+def make_report(
+    compilation: Compilation, error: GpusqError | None, model_file: Path
+) -> dict[str, Any]:
+    """The report of a compilation, finished or stopped by `error`.
+
+    Sizes are in bytes, times in seconds, accuracies in [0, 1].
+    """
+    plans = [plan for _, plan in planned(compilation.graph.graph)] if compilation.graph else []
+    failure = None if error is None else {"code": error.code, "message": error.message}
+    report: dict[str, Any] = _finite(
+        {
+            "schema_version": SCHEMA_VERSION,
+            "tool": {"name": "gpusq-compile", "version": __version__},
+            "status": "ok" if error is None else "failed",
+            "error": failure,
+            "model": compilation.source.origin,
+            "scope": compilation.network.scope,
+            "rules": [str(source) for source in compilation.rules.sources],
+            "seed": compilation.options.seed,
+            "device": compilation.options.device,
+            "passes": [pass_entry(record) for record in compilation.records],
+            "layers": [layer_entry(compilation, plan) for plan in plans],
+            "finetune": compilation.finetune,
+            "accuracy": {
+                name: compilation.accuracy.get(name)
+                for name in ("dense", "sparse", "quantized", "onnx")
+            },
+            "verify": compilation.verify,
+            "storage": storage(compilation, plans, model_file),
+            "engine": compilation.engine.as_dict() if compilation.engine else None,
+        }
+    )
+    return report
+
+
+def pass_entry(record: PassRecord) -> dict[str, Any]:
+    return {
+        "name": record.name,
+        "matched": record.matched,
+        "changed": record.changed,
+        "skipped": record.skipped,
+        "seconds": round(record.seconds, 4),
+        "change": record.change,
+        "remarks": [remark.as_dict() for remark in record.remarks],
+    }
+
+
+def layer_entry(compilation: Compilation, plan: LayerPlan) -> dict[str, Any]:
+    stored = compilation.stored.get(plan.name)
+    return {
+        "name": plan.name,
+        "role": plan.role,
+        "op": plan.op,
+        "shape": list(plan.shape),
+        "requested": plan.requested.as_dict(),
+        "applied": plan.applied.as_dict(),
+        "reasons": list(plan.reasons),
+        "rules": list(plan.rules),
+        "mask_ok": stored.mask_ok if stored else None,
+        "weight_bytes": stored.weight_bytes if stored else None,
+        "engine": engine_entry(compilation, plan.name),
+    }
+
+
+def engine_entry(compilation: Compilation, layer: str) -> dict[str, Any]:
+    """The layer's type in the first engine, and in each of them by target."""
+    targets = compilation.engine.targets if compilation.engine else {}
+    found = {
+        target: gemm
+        for target, engine in targets.items()
+        for gemm in engine.gemms
+        if gemm.name == layer
+    }
+    first = next(iter(found.values()), None)
+    return {
+        "type": first.actual if first else "unknown",
+        "eligible": first.eligible if first else "unknown",
+        "picked": first.picked if first else "unknown",
+        "reason": first.reason if first else None,
+        "targets": {target: gemm.actual for target, gemm in found.items()},
+    }
+
+
+def storage(
+    compilation: Compilation, plans: list[LayerPlan], model_file: Path
+) -> dict[str, Any] | None:
+    """Bytes of the final file, of its compressed GEMM weights with scales, and of FP32 originals.
+
+    None before the file is written.
+    """
+    if not model_file.exists() or not compilation.stored:
+        return None
+    compressed = [plan for plan in plans if plan.applied != Treatment()]
+    gemm_bytes = sum(compilation.stored[plan.name].weight_bytes for plan in compressed)
+    gemm_fp32 = sum(math.prod(plan.shape) * FP32_BYTES for plan in compressed)
+    shapes = compilation.parameter_shapes.values()
+    dense = sum(math.prod(shape) * FP32_BYTES for shape in shapes)
+    model_bytes = model_file.stat().st_size
+    return {
+        "gemm_bytes": gemm_bytes,
+        "model_bytes": model_bytes,
+        "dense_fp32_bytes": dense,
+        "gemm_dense_fp32_bytes": gemm_fp32,
+        "gemm_ratio": gemm_fp32 / gemm_bytes if gemm_bytes else None,
+        "model_ratio": dense / model_bytes if model_bytes else None,
+    }
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or infinity; they become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,69 @@
+"""build_engine: build TensorRT engines and read from the builder's log what each layer became.
+
+Needs `verified`. Guarantees `engine` when an engine was asked for and could be built; with
+`--engine auto` a machine without a builder gets a remark, never a silent skip.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, cast
+
+from gpusq_compile.compilation import Compilation
+from gpusq_compile.engine import BatchRange, MarkedGemm, build_engines
+from gpusq_compile.pass_base import Pass, PassResult
+from gpusq_compile.passes.verify_onnx import MODEL_FILE
+from gpusq_compile.plan import LayerPlan, Treatment, planned
+from gpusq_compile.remarks import analysis, missed, passed
+
+
+def run(compilation: Compilation) -> PassResult:
+    targets = compilation.options.targets or compilation.rules.target.compute
+    gemms = marked_gemms(
+        [plan for _, plan in planned(compilation.ir.graph)], compilation.rules.target.precision
+    )
+    with compilation.console.progress("engine (percent)", 100) as advance:
+        report = build_engines(
+            compilation.workdir / MODEL_FILE,
+            compilation.workdir,
+            backend=compilation.options.engine,
+            targets=targets,
+            gemms=gemms,
+            batch=BatchRange(),
+            progress=lambda target, phase, done: advance(f"{target}: {phase}", to=100 * done),
+        )
+    compilation.engine = report
+    result = PassResult(matched=len(gemms), changed=len(report.targets))
+    result.remarks += [analysis("engine", text) for text in report.remarks]
+    for target, engine in report.targets.items():
+        right = sum(gemm.status == "passed" for gemm in engine.gemms)
+        result.remarks.append(
+            passed("engine-built", f"{target}: {right} of {len(gemms)} GEMMs in the planned type")
+        )
+        for gemm in engine.gemms:
+            if gemm.status == "missed":
+                text = f"{target}: {gemm.actual} instead of {gemm.expected}: {gemm.reason}"
+                result.remarks.append(missed("engine-type", text, gemm.name))
+    if not report.targets:
+        result.skipped = len(gemms)
+    return result
+
+
+def marked_gemms(plans: list[LayerPlan], precision: str) -> list[MarkedGemm]:
+    """What the engine should do with each layer that was changed."""
+    gemms = []
+    for plan in plans:
+        if plan.applied == Treatment():
+            continue
+        integer = plan.applied.weight == "int8" and plan.applied.activation == "int8"
+        expected = cast(Literal["int8", "fp16", "fp32"], "int8" if integer else precision)
+        gemms.append(MarkedGemm(plan.name, expected, plan.applied.sparsity is not None))
+    return gemms
+
+
+PASS = Pass(
+    name="build_engine",
+    summary="build TensorRT engines and read back each layer's type",
+    run=run,
+    requires=("verified",),
+    ensures=("engine",),
+)

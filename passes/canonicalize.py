@@ -1,0 +1,170 @@
+"""canonicalize: bring the graph to the few forms that later passes know.
+
+Needs `graph`. Rewrites, each exact:
+- `dropout` in eval mode, `alias`, `detach`, `contiguous` -> nothing;
+- `view` -> `reshape`, which is legal for every stride that later rewrites may leave behind;
+- a non-overlapping convolution (kernel = stride, no padding) -> patches @ linear, so that a patch
+  embedding is a GEMM with reduction size C * P * P.
+Guarantees `canonical`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.fx
+
+from gpusq_compile.compilation import Compilation
+from gpusq_compile.graph.edit import finish, insert_call, insert_get_attr, set_tensor
+from gpusq_compile.graph.query import shape_of, tensor_attribute
+from gpusq_compile.pass_base import Pass, PassResult
+from gpusq_compile.remarks import missed, passed
+
+aten = torch.ops.aten
+
+IDENTITIES = {
+    aten.dropout.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.detach_.default,
+    aten.contiguous.default,
+    aten.lift_fresh_copy.default,
+}
+VIEWS = {aten.view.default, aten._unsafe_view.default}
+
+
+def run(compilation: Compilation) -> PassResult:
+    graph_module = compilation.ir
+    result = PassResult()
+    rewrites: tuple[Callable[[torch.fx.GraphModule, torch.fx.Node], str | None], ...] = (
+        remove_identity,
+        view_to_reshape,
+    )
+    for node in list(graph_module.graph.nodes):
+        for rewrite in rewrites:
+            if rewrite(graph_module, node) is not None:
+                result.matched += 1
+                result.changed += 1
+                break
+    for node in list(graph_module.graph.nodes):
+        if node.target is not aten.conv2d.default:
+            continue
+        result.matched += 1
+        path = str(node.args[1].target) if isinstance(node.args[1], torch.fx.Node) else node.name
+        refusal = patchify(graph_module, node)
+        layer = path.removesuffix(".weight")
+        if refusal is None:
+            result.changed += 1
+            result.remarks.append(
+                passed("patchify", "convolution rewritten as patches @ linear", layer)
+            )
+        else:
+            result.skipped += 1
+            result.remarks.append(missed("patchify", refusal, layer))
+    finish(graph_module)
+    return result
+
+
+def remove_identity(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> str | None:
+    if node.target not in IDENTITIES:
+        return None
+    if node.target is aten.dropout.default and len(node.args) > 2 and node.args[2]:
+        return None
+    node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+    graph_module.graph.erase_node(node)
+    return "identity"
+
+
+def view_to_reshape(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> str | None:
+    if node.target not in VIEWS:
+        return None
+    node.target = aten.reshape.default
+    return "reshape"
+
+
+def patchify(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> str | None:
+    """Rewrite conv2d [B, C, H, W] -> [B, N, H/P, W/Q] as patches @ linear.
+
+    Returns:
+        None when rewritten, else the reason why not.
+    """
+    arguments = dict(enumerate(node.args))
+    image, weight_node = arguments[0], arguments[1]
+    bias = arguments.get(2)
+    stride = _pair(arguments.get(3, 1))
+    padding, dilation = arguments.get(4, 0), _pair(arguments.get(5, 1))
+    groups = arguments.get(6, 1)
+    assert isinstance(image, torch.fx.Node)
+    if not isinstance(weight_node, torch.fx.Node) or weight_node.op != "get_attr":
+        return "the weight is computed in the graph"
+    if len(weight_node.users) > 1:
+        return "the weight is shared with another operator"
+    weight = tensor_attribute(graph_module, str(weight_node.target))
+    out_channels, channels, *kernel = weight.shape
+    if tuple(kernel) != stride:
+        return f"patches overlap or leave gaps: kernel {tuple(kernel)}, stride {stride}"
+    if isinstance(padding, str) or _pair(padding) != (0, 0):
+        return f"padded by {padding}"
+    if dilation != (1, 1) or groups != 1:
+        return f"dilation {dilation}, groups {groups}"
+    shape = shape_of(image)
+    if shape is None or len(shape) != 4 or not all(isinstance(size, int) for size in shape[1:]):
+        return f"image size is not static: {shape}"
+    height, width = int(shape[2]), int(shape[3])
+    if height % kernel[0] or width % kernel[1]:
+        return f"image {height}x{width} is no multiple of the patch {kernel[0]}x{kernel[1]}"
+    rows, columns = height // kernel[0], width // kernel[1]
+    path = str(weight_node.target)
+    trainable = isinstance(weight, torch.nn.Parameter)
+    set_tensor(graph_module, path, weight.detach().flatten(1), trainable=trainable)
+    graph = graph_module.graph
+    with graph.inserting_before(node):
+        flat_weight = insert_get_attr(graph_module, path, provenance=weight_node)
+        patches = insert_call(
+            graph,
+            aten.reshape.default,
+            (image, [-1, channels, rows, kernel[0], columns, kernel[1]]),
+            provenance=node,
+        )
+        ordered = insert_call(
+            graph, aten.permute.default, (patches, [0, 2, 4, 1, 3, 5]), provenance=node
+        )
+        tokens = insert_call(
+            graph,
+            aten.reshape.default,
+            (ordered, [-1, rows * columns, channels * kernel[0] * kernel[1]]),
+            provenance=node,
+        )
+        arguments_of_linear = (tokens, flat_weight) if bias is None else (tokens, flat_weight, bias)
+        linear = insert_call(graph, aten.linear.default, arguments_of_linear, provenance=node)
+        channels_first = insert_call(
+            graph, aten.permute.default, (linear, [0, 2, 1]), provenance=node
+        )
+        picture = insert_call(
+            graph,
+            aten.reshape.default,
+            (channels_first, [-1, out_channels, rows, columns]),
+            provenance=node,
+        )
+    node.replace_all_uses_with(picture)
+    graph.erase_node(node)
+    graph.erase_node(weight_node)
+    return None
+
+
+def _pair(value: object) -> tuple[int, int]:
+    if isinstance(value, (list, tuple)):
+        first = int(value[0])
+        return first, int(value[-1])
+    return int(value), int(value)  # type: ignore[call-overload]
+
+
+PASS = Pass(
+    name="canonicalize",
+    summary="drop identities, view -> reshape, patch-embedding convolution -> linear",
+    run=run,
+    requires=("graph",),
+    ensures=("canonical",),
+    preserves=1e-4,
+)

@@ -1,0 +1,73 @@
+"""finetune_sparse: train the sparse graph towards the dense one (Algorithm 1, lines 2-17).
+
+Needs `sparse` and `tapped`. The dense teacher is the graph without its masks. Afterwards both are
+frozen, so the tap weights W_j of the next phase (line 22) are computed here, before the dense
+teacher is dropped. Guarantees `sparse_tuned`: masked weights are zero in storage too.
+"""
+
+from __future__ import annotations
+
+from gpusq_compile.compilation import Compilation
+from gpusq_compile.finetune.loop import tap_shares, train
+from gpusq_compile.finetune.taps import taps_of
+from gpusq_compile.finetune.teacher import frozen_copy, zero_masked_weights
+from gpusq_compile.language.schema import Phase
+from gpusq_compile.pass_base import Pass, PassResult
+from gpusq_compile.plan import planned
+from gpusq_compile.remarks import analysis, missed, passed
+from gpusq_compile.sparsity import Mask
+
+
+def run(compilation: Compilation) -> PassResult:
+    result = PassResult(matched=1)
+    settings = compilation.rules.finetune
+    phase = settings.sparse
+    graph_module = compilation.ir
+    masks = [module for module in graph_module.modules() if isinstance(module, Mask)]
+    quantizes = any(plan.quantize for _, plan in planned(graph_module.graph))
+    next_phase = compilation.options.finetune and settings.quantize != "none" and quantizes
+    reason = None
+    if not compilation.options.finetune:
+        reason = "switched off (--no-finetune)"
+    elif not isinstance(phase, Phase):
+        reason = "switched off by the rules (finetune.sparse: none)"
+    elif not masks:
+        reason = "no layer is sparse"
+    dense = frozen_copy(graph_module, without=Mask) if reason is None or next_phase else None
+    zero_masked_weights(graph_module)
+    if reason is not None:
+        result.skipped = 1
+        result.remarks.append(missed("finetune-skipped", reason))
+        compilation.finetune["sparse"] = {"steps": 0, "stopped_by": "skipped", "reason": reason}
+    else:
+        assert dense is not None
+        assert isinstance(phase, Phase)
+        thetas = [tap.theta for tap in taps_of(graph_module)]
+        report = train(compilation, dense, phase, name="sparse", tap_weights=thetas)
+        compilation.finetune["sparse"] = report.as_dict()
+        result.changed = 1
+        result.remarks.append(
+            passed("finetuned", f"{report.steps} steps, stopped by {report.stopped_by}")
+        )
+    if next_phase:
+        assert dense is not None
+        names = [tap.name for tap in taps_of(graph_module)]
+        if settings.tap_weights == "uniform":
+            compilation.tap_weights = [1.0 / len(names)] * len(names)
+        else:
+            compilation.tap_weights = tap_shares(compilation, dense, graph_module)
+        shares = ", ".join(
+            f"{name} {weight:.3f}"
+            for name, weight in zip(names, compilation.tap_weights, strict=True)
+        )
+        result.remarks.append(analysis("tap-weights", shares or "no taps"))
+    return result
+
+
+PASS = Pass(
+    name="finetune_sparse",
+    summary="distil the dense model into the sparse one, masks frozen",
+    run=run,
+    requires=("sparse", "tapped"),
+    ensures=("sparse_tuned",),
+)

@@ -1,0 +1,134 @@
+"""fold: make integers and zeros real.
+
+Needs `quantized_tuned`. Removes taps, multiplies masks into the stored weights, replaces each
+fake-quantized weight by its int8 values and scales with a `gpusq::dequantize`, and each
+fake-quantized activation by `gpusq::quantize` and `gpusq::dequantize`. The function is exactly
+that of the fake-quantized graph, whose outputs on real batches are recorded first: the final file
+is compared with them. Guarantees `folded`: no inserted module is left.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.fx
+
+from gpusq_compile.compilation import Compilation
+from gpusq_compile.finetune.taps import Tap
+from gpusq_compile.graph.edit import (
+    NAMESPACE,
+    finish,
+    insert_call,
+    insert_get_attr,
+    inserted_path,
+    set_tensor,
+)
+from gpusq_compile.lowering.runtime import record_expected
+from gpusq_compile.pass_base import Pass, PassResult
+from gpusq_compile.plan import LayerPlan, planned
+from gpusq_compile.quantization.fake_quantize import FakeQuantize, quantize_values
+from gpusq_compile.quantization.operators import DEQUANTIZE, QUANTIZE
+from gpusq_compile.sparsity import Mask
+
+SCALE_SUFFIX = "_scale"
+
+
+def run(compilation: Compilation) -> PassResult:
+    graph_module = compilation.ir
+    result = PassResult()
+    compilation.expected = record_expected(compilation)
+    with torch.no_grad():
+        for node, plan in list(planned(graph_module.graph)):
+            if plan.applied.sparsity or plan.applied.weight:
+                fold_weight(graph_module, node, plan)
+                result.matched += 1
+                result.changed += 1
+        modules = dict(graph_module.named_modules())
+        for node in list(graph_module.graph.nodes):
+            if node.op != "call_module":
+                continue
+            module = modules[str(node.target)]
+            result.matched += 1
+            result.changed += 1
+            if isinstance(module, Tap):
+                node.replace_all_uses_with(node.args[0])
+                graph_module.graph.erase_node(node)
+            else:
+                assert isinstance(module, FakeQuantize)
+                fold_activation(graph_module, node, module)
+    finish(graph_module)
+    return result
+
+
+def fold_weight(graph_module: torch.fx.GraphModule, node: torch.fx.Node, plan: LayerPlan) -> None:
+    """get_attr -> [mask] -> [fake-quantize] -> op   becomes   get_attr -> [dequantize] -> op."""
+    chain = [node.args[1]]
+    while isinstance(chain[-1], torch.fx.Node) and chain[-1].op == "call_module":
+        chain.append(chain[-1].args[0])
+    source = chain[-1]
+    assert isinstance(source, torch.fx.Node)
+    values = graph_module.get_parameter(plan.weight).detach()
+    quantizer = None
+    for link in reversed(chain[:-1]):
+        assert isinstance(link, torch.fx.Node)
+        module = graph_module.get_submodule(str(link.target))
+        if isinstance(module, Mask):
+            values = values * module.mask
+        else:
+            assert isinstance(module, FakeQuantize)
+            quantizer = module
+    graph = graph_module.graph
+    if quantizer is None:
+        set_tensor(graph_module, plan.weight, values, trainable=True)
+        replacement = source
+    else:
+        scale = quantizer.exported_scale().detach()
+        levels = quantize_values(values, scale, quantizer.grid)
+        set_tensor(graph_module, plan.weight, levels, trainable=False)
+        set_tensor(graph_module, plan.weight + SCALE_SUFFIX, scale, trainable=False)
+        with graph.inserting_before(node):
+            stored = insert_get_attr(graph_module, plan.weight, provenance=source)
+            scales = insert_get_attr(graph_module, plan.weight + SCALE_SUFFIX, provenance=source)
+            replacement = insert_call(graph, DEQUANTIZE, (stored, scales), provenance=node)
+    head = chain[0]
+    assert isinstance(head, torch.fx.Node)
+    node.replace_input_with(head, replacement)
+    graph.eliminate_dead_code()
+
+
+def fold_activation(
+    graph_module: torch.fx.GraphModule, node: torch.fx.Node, module: FakeQuantize
+) -> None:
+    """fake-quantize   becomes   quantize -> dequantize."""
+    graph = graph_module.graph
+    kind, _, layer = str(node.target).removeprefix(NAMESPACE + ".").partition(".")
+    path = inserted_path(f"{kind}{SCALE_SUFFIX}", layer)
+    owner, _, leaf = path.rpartition(".")
+    if not _has_submodule(graph_module, owner):
+        graph_module.add_submodule(owner, torch.nn.Module())
+    graph_module.get_submodule(owner).register_buffer(leaf, module.exported_scale().detach())
+    source = node.args[0]
+    with graph.inserting_before(node):
+        scale = insert_get_attr(graph_module, path, provenance=node)
+        levels = insert_call(graph, QUANTIZE, (source, scale), provenance=node)
+        values = insert_call(graph, DEQUANTIZE, (levels, scale), provenance=node)
+    node.replace_all_uses_with(values)
+    graph.erase_node(node)
+
+
+def _has_submodule(graph_module: torch.fx.GraphModule, path: str) -> bool:
+    try:
+        graph_module.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+PASS = Pass(
+    name="fold",
+    summary="fold masks and scales into int8 weights and quantize/dequantize operators",
+    run=run,
+    requires=("quantized_tuned",),
+    ensures=("folded",),
+    removes=("tapped", "sparse", "quantized"),
+    preserves=1e-5,
+)

@@ -1,0 +1,201 @@
+"""mark: decide by the rules what happens to each operator, and write it into the graph.
+
+Needs `graph` and `canonical`. Finds roles, offers every weighted operator and every node with a
+role to the rules, and checks whether the shapes allow what they ask. Changes no operator: it
+writes a `LayerPlan` on weighted operators and a `TapPlan` on nodes to distill at.
+Guarantees `marked`: every later pass reads plans and never the rules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.fx
+
+from gpusq_compile.compilation import Compilation
+from gpusq_compile.graph.query import (
+    input_dependent,
+    is_weighted,
+    module_class,
+    module_path,
+    op_of,
+    tensor_attribute,
+    weight_source,
+)
+from gpusq_compile.graph.roles import find_roles
+from gpusq_compile.language.matching import Candidate, Decision, decide
+from gpusq_compile.language.schema import Distill
+from gpusq_compile.pass_base import Pass, PassResult
+from gpusq_compile.plan import TAP_PLAN, LayerPlan, TapPlan, Treatment, update_plan
+from gpusq_compile.remarks import analysis, missed, passed
+from gpusq_compile.sparsity import PATTERNS, REDUCTION_AXIS
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A node offered to the rules. `refusal` says why its weight cannot be compressed at all."""
+
+    node: torch.fx.Node
+    candidate: Candidate
+    roles: tuple[str, ...]
+    weight: str | None = None
+    shape: tuple[int, ...] = ()
+    refusal: str | None = None
+
+
+def run(compilation: Compilation) -> PassResult:
+    offers = collect(compilation.ir)
+    decisions = decide(compilation.rules, [offer.candidate for offer in offers])
+    result = PassResult()
+    for warning in decisions.warnings:
+        result.remarks.append(analysis("rule-shadowed", str(warning)))
+    tapped: list[tuple[Offer, Decision, Distill]] = []
+    for offer, decision in zip(offers, decisions.decisions, strict=True):
+        if decision.distill is not None:
+            tapped.append((offer, decision, decision.distill))
+        if offer.weight is None and not is_weighted(offer.node):
+            continue
+        plan = make_plan(offer, decision)
+        update_plan(offer.node, plan)
+        if plan.requested == Treatment():
+            continue
+        result.matched += 1
+        wanted = plan.sparsity or plan.quantize
+        result.changed += bool(wanted)
+        result.skipped += not wanted
+        for reason in plan.reasons:
+            result.remarks.append(missed("refused", reason, plan.name))
+    for offer, decision, distill in thin_out(tapped):
+        role = offer.roles[0] if offer.roles else offer.candidate.op
+        rules = tuple(str(hit) for hit in decision.chain)
+        offer.node.meta[TAP_PLAN] = TapPlan(offer.candidate.name, role, distill, rules)
+        result.matched += 1
+        result.changed += 1
+        result.remarks.append(passed("tap-marked", f"distill at {role}", offer.candidate.name))
+    return result
+
+
+def collect(graph_module: torch.fx.GraphModule) -> list[Offer]:
+    """Everything the rules can match, in graph order, under unique names."""
+    graph = graph_module.graph
+    roles = find_roles(graph)
+    dependent = input_dependent(graph)
+    offers: list[Offer] = []
+    taken: dict[str, int] = {}
+    readers: dict[str, int] = {}
+    for node in graph.nodes:
+        if is_weighted(node) and (source := weight_source(node)) is not None:
+            readers[str(source.target)] = readers.get(str(source.target), 0) + 1
+    for node in graph.nodes:
+        op = op_of(node)
+        if op is None or not (is_weighted(node) or node in roles):
+            continue
+        source = weight_source(node) if is_weighted(node) else None
+        weight = str(source.target) if source is not None else None
+        name = _unique(layer_name(node, weight), taken)
+        shape = tuple(tensor_attribute(graph_module, weight).shape) if weight else ()
+        refusal = None
+        if is_weighted(node):
+            if weight is None:
+                refusal = "the weight is computed in the graph, not stored"
+            elif node not in dependent:
+                refusal = (
+                    "its input is a constant, so the layer runs once, when the engine is built"
+                )
+            elif readers[weight] > 1:
+                refusal = f"{readers[weight]} operators share the weight {weight}"
+            elif op == "conv2d" and _groups(node) != 1:
+                refusal = f"grouped convolution ({_groups(node)} groups)"
+        candidate = Candidate(
+            name=name,
+            op=op,
+            roles=frozenset(roles.get(node, ())),
+            module_class=module_class(node),
+            in_features=shape[REDUCTION_AXIS] if len(shape) > 1 else None,
+            out_features=shape[0] if shape else None,
+        )
+        offers.append(Offer(node, candidate, roles.get(node, ()), weight, shape, refusal))
+    return offers
+
+
+def layer_name(node: torch.fx.Node, weight: str | None) -> str:
+    """The user's dotted name: the weight's without `.weight`, else the module's and the node's."""
+    if weight is not None:
+        return weight.removesuffix(".weight").removesuffix("_weight")
+    path = module_path(node)
+    if op_of(node) == "add" or not path:
+        return f"{path}.{node.name}".removeprefix(".")
+    return path
+
+
+def _unique(name: str, taken: dict[str, int]) -> str:
+    taken[name] = taken.get(name, 0) + 1
+    return name if taken[name] == 1 else f"{name}#{taken[name]}"
+
+
+def _groups(node: torch.fx.Node) -> int:
+    groups = node.args[6] if len(node.args) > 6 else 1
+    assert isinstance(groups, int)
+    return groups
+
+
+def make_plan(offer: Offer, decision: Decision) -> LayerPlan:
+    """The plan of a weighted operator, with what its shape does not allow refused."""
+    sparsity, quantize = decision.sparsity, decision.quantize
+    plan = LayerPlan(
+        name=offer.candidate.name,
+        op=offer.candidate.op,
+        roles=offer.roles,
+        weight=offer.weight or "",
+        shape=offer.shape,
+        sparsity=sparsity,
+        quantize=quantize,
+        requested=Treatment(
+            sparsity=sparsity.pattern if sparsity else None,
+            weight=_type(quantize.weight) if quantize else None,
+            activation=_type(quantize.activation) if quantize else None,
+            output=_type(quantize.output) if quantize else None,
+        ),
+        rules=tuple(str(hit) for hit in decision.chain),
+    )
+    if plan.requested == Treatment():
+        return plan
+    if offer.refusal is not None:
+        return replace(plan.refuse(offer.refusal), sparsity=None, quantize=None)
+    if sparsity is not None:
+        group = PATTERNS[sparsity.pattern].group
+        if offer.shape[REDUCTION_AXIS] % group:
+            reason = (
+                f"{sparsity.pattern} needs a reduction axis that is a multiple of {group}, "
+                f"found {offer.shape[REDUCTION_AXIS]}"
+            )
+            plan = replace(plan.refuse(reason), sparsity=None)
+    return plan
+
+
+def _type(name: str) -> str | None:
+    return None if name == "none" else name
+
+
+def thin_out(
+    tapped: list[tuple[Offer, Decision, Distill]],
+) -> list[tuple[Offer, Decision, Distill]]:
+    """Apply `every: n`: of the nodes with one distill block keep each n-th, and always the last."""
+    kept = []
+    for offer, decision, distill in tapped:
+        group = [item for item in tapped if item[2] == distill]
+        position = next(i for i, item in enumerate(group) if item[0] is offer)
+        if (position + 1) % distill.every == 0 or position == len(group) - 1:
+            kept.append((offer, decision, distill))
+    return kept
+
+
+PASS = Pass(
+    name="mark",
+    summary="match the rules and write each operator's plan",
+    run=run,
+    requires=("graph", "canonical"),
+    ensures=("marked",),
+    preserves=0.0,
+)

@@ -1,0 +1,185 @@
+"""quantize: insert fake-quantizers at marked operators and calibrate their scales.
+
+Needs `sparse` (sparsity first, then quantization). Weights: symmetric, one scale per output
+channel, from their non-zero values. Activations and outputs: symmetric, one scale per tensor,
+from batches of real data. All scales are parameters that the fine-tune learns.
+Operators that read one tensor in one type share its quantizer. Guarantees `quantized`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.fx
+
+from gpusq_compile.compilation import Compilation
+from gpusq_compile.data import batches
+from gpusq_compile.errors import InputError
+from gpusq_compile.graph.edit import finish, insert_behind, insert_module_call, inserted_path
+from gpusq_compile.graph.query import weight_source
+from gpusq_compile.language.schema import Calibration
+from gpusq_compile.model_source import DataFactory
+from gpusq_compile.pass_base import Pass, PassResult
+from gpusq_compile.plan import LayerPlan, planned, update_plan
+from gpusq_compile.quantization.calibrate import Observer, weight_scale
+from gpusq_compile.quantization.fake_quantize import (
+    ACTIVATION_RANGES,
+    MIN_SCALE,
+    WEIGHT_RANGES,
+    FakeQuantize,
+    IntegerRange,
+)
+from gpusq_compile.remarks import analysis, missed, passed
+
+SCALE_TYPES = {"fp16": torch.float16, "fp32": torch.float32}
+
+
+def run(compilation: Compilation) -> PassResult:
+    graph_module = compilation.ir
+    calibration = compilation.rules.calibration
+    scale_dtype = SCALE_TYPES[compilation.rules.target.precision]
+    result = PassResult()
+    activations: dict[str, FakeQuantize] = {}
+    shared: dict[tuple[torch.fx.Node, str], torch.fx.Node] = {}
+    for node, plan in list(planned(graph_module.graph)):
+        quantize = plan.quantize
+        if quantize is None:
+            continue
+        result.matched += 1
+        if quantize.weight != "none":
+            grid = WEIGHT_RANGES[quantize.weight]
+            quantize_weight(graph_module, node, plan, grid, calibration.weight, scale_dtype)
+            plan = plan.apply(weight=quantize.weight)
+        if quantize.activation != "none":
+            source = node.args[0]
+            assert isinstance(source, torch.fx.Node)
+            key = (source, quantize.activation)
+            if key not in shared:
+                path = inserted_path("activation", plan.name)
+                module = _activation_quantizer(quantize.activation, scale_dtype)
+                shared[key] = insert_module_call(graph_module, path, module, source)
+                activations[plan.name] = module
+            node.replace_input_with(source, shared[key])
+            plan = plan.apply(activation=quantize.activation)
+        if quantize.output != "none":
+            path = inserted_path("output", plan.name)
+            module = _activation_quantizer(quantize.output, scale_dtype)
+            insert_behind(graph_module, path, module, node)
+            activations[f"{plan.name} (output)"] = module
+            plan = plan.apply(output=quantize.output)
+        update_plan(node, plan)
+        result.changed += 1
+        result.remarks.append(passed("quantized", _describe(plan), plan.name))
+    finish(graph_module)
+    if activations:
+        calibrate(compilation, activations, result)
+    return result
+
+
+def quantize_weight(
+    graph_module: torch.fx.GraphModule,
+    node: torch.fx.Node,
+    plan: LayerPlan,
+    grid: IntegerRange,
+    method: str,
+    scale_dtype: torch.dtype,
+) -> None:
+    """Insert and initialise the fake-quantizer between a (masked) weight and its operator."""
+    value = node.args[1]
+    assert isinstance(value, torch.fx.Node)
+    assert weight_source(node) is not None
+    channels = plan.shape[0]
+    module = FakeQuantize(grid, channels=channels, scale_dtype=scale_dtype)
+    weight = graph_module.get_parameter(plan.weight).detach()
+    if value.op == "call_module":
+        weight = graph_module.get_submodule(str(value.target))(weight)
+    module.to(weight.device).set_scale(weight_scale(weight, method, grid.qmax))
+    after = insert_module_call(graph_module, inserted_path("weight", plan.name), module, value)
+    node.replace_input_with(value, after)
+
+
+def _activation_quantizer(name: str, scale_dtype: torch.dtype) -> FakeQuantize:
+    return FakeQuantize(ACTIVATION_RANGES[name], channels=None, scale_dtype=scale_dtype)
+
+
+def _describe(plan: LayerPlan) -> str:
+    parts = [
+        f"{what} {name}"
+        for what, name in (
+            ("weight", plan.applied.weight),
+            ("activation", plan.applied.activation),
+            ("output", plan.applied.output),
+        )
+        if name
+    ]
+    return ", ".join(parts)
+
+
+def calibrate(
+    compilation: Compilation, quantizers: dict[str, FakeQuantize], result: PassResult
+) -> None:
+    """Show the quantizers real activations and set their scales.
+
+    Raises:
+        InputError: there is no data, or an activation is not finite.
+    """
+    settings = compilation.rules.calibration
+    name, factory = calibration_data(compilation)
+    for module in quantizers.values():
+        module.to(compilation.device)
+        module.observer = Observer()
+    images = 0
+    with torch.no_grad(), compilation.console.progress("calibrate", settings.batches) as advance:
+        for batch in batches(factory, name, compilation.device, settings.batches):
+            compilation.network.run(compilation.ir, batch.inputs)
+            images += batch.size
+            advance()
+    for layer, module in quantizers.items():
+        assert module.observer is not None
+        scale = _activation_scale(layer, module, settings)
+        if scale < MIN_SCALE:
+            result.remarks.append(
+                missed("dead-activation", "all calibration values were zero; scale clamped", layer)
+            )
+        module.set_scale(torch.tensor(scale, device=compilation.device))
+        module.observer = None
+    result.remarks.append(
+        analysis("calibrated", f"{len(quantizers)} tensors from {images} images of {name}")
+    )
+
+
+def _activation_scale(layer: str, module: FakeQuantize, settings: Calibration) -> float:
+    observer = module.observer
+    assert observer is not None
+    if not observer.finite:
+        raise InputError(
+            "activation-not-finite", f"calibration met NaN or infinite values at {layer}"
+        )
+    qmax = module.grid.qmax
+    return observer.threshold(settings.activation, settings.percentile, qmax) / qmax
+
+
+def calibration_data(compilation: Compilation) -> tuple[str, DataFactory]:
+    """The data that activation scales come from.
+
+    Raises:
+        InputError: the rules quantize activations and the model came with no data.
+    """
+    source = compilation.source
+    if source.calibration_data is not None:
+        return "calibration_data", source.calibration_data
+    if source.train_data is not None:
+        return "train_data", source.train_data
+    raise InputError(
+        "no-calibration-data",
+        f"the rules quantize activations, but {source.origin} gives no data to calibrate from",
+        hint="define calibration_data() in the model file, yielding batches of inputs",
+    )
+
+
+PASS = Pass(
+    name="quantize",
+    summary="insert fake-quantizers and calibrate their scales",
+    run=run,
+    requires=("sparse",),
+    ensures=("quantized",),
+)

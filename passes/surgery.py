@@ -1,0 +1,61 @@
+"""surgery: give the exported graph the form that TensorRT runs fast.
+
+Needs `onnx`. For each planned layer: stores the weight as [K, N] in place of a Transpose at run
+time, puts its scales on the output-channel axis, and names the GEMM and its Q/DQ nodes after the
+layer, so that an engine's layer list speaks the user's names. Then converts what is not quantized
+to the target's precision, inputs and outputs staying float32. Guarantees `onnx_final`: the model
+passes `onnx.checker` in full.
+"""
+
+from __future__ import annotations
+
+import onnx
+import onnx_graphsurgeon as gs
+
+from gpusq_compile.compilation import Compilation
+from gpusq_compile.errors import InternalError
+from gpusq_compile.lowering.precision import to_half
+from gpusq_compile.lowering.wiring import GEMM_OPS, consumers, name_quantizers, untranspose
+from gpusq_compile.pass_base import Pass, PassResult
+from gpusq_compile.plan import planned
+from gpusq_compile.remarks import passed
+
+
+def run(compilation: Compilation) -> PassResult:
+    assert compilation.onnx_model is not None
+    graph = gs.import_onnx(compilation.onnx_model)
+    result = PassResult()
+    tensors = graph.tensors()
+    for _, plan in planned(compilation.ir.graph):
+        weight = tensors.get(plan.weight)
+        if not isinstance(weight, gs.Constant):
+            continue
+        result.matched += 1
+        moved = untranspose(weight)
+        gemms = [node for node in consumers(weight) if node.op in GEMM_OPS]
+        if not gemms:
+            raise InternalError("gemm-lost", f"no GEMM reads the weight of {plan.name} any more")
+        for index, gemm in enumerate(gemms):
+            gemm.name = plan.name if index == 0 else f"{plan.name}#{index + 1}"
+            name_quantizers(gemm)
+        result.changed += 1
+        if moved:
+            result.remarks.append(passed("untransposed", "weight stored as [K, N]", plan.name))
+    graph.cleanup(remove_unused_graph_inputs=False).toposort()
+    model = gs.export_onnx(graph, do_type_check=False)
+    if compilation.rules.target.precision == "fp16":
+        model = to_half(model)
+        result.remarks.append(passed("fp16", "float tensors are FP16, inputs and outputs FP32"))
+    model.producer_name = "gpusq-compile"
+    onnx.checker.check_model(model, full_check=True)
+    compilation.onnx_model = model
+    return result
+
+
+PASS = Pass(
+    name="surgery",
+    summary="place Q/DQ and int8 weights as TensorRT wants them, name GEMMs, set precision",
+    run=run,
+    requires=("onnx",),
+    ensures=("onnx_final",),
+)

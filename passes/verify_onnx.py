@@ -1,0 +1,75 @@
+"""verify_onnx: is the final file what was asked for, and does it compute the same?
+
+Needs `onnx_final`. Writes the file, reads it back, and checks on what it read:
+- structure: sparsity on the stored integers, scales, axes, zero-points of every layer;
+- numerics: ONNX Runtime against the fake-quantized graph on real batches, within the rules'
+  limits, and top-1 over the evaluation data.
+Guarantees `verified`.
+
+Raises CheckFailed with the layer or the limit that fell short.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import onnx
+
+from gpusq_compile.compilation import Compilation
+from gpusq_compile.data import top1
+from gpusq_compile.errors import CheckFailed
+from gpusq_compile.lowering.check import check_layers
+from gpusq_compile.lowering.runtime import compare, open_session, session_graph
+from gpusq_compile.pass_base import Pass, PassResult
+from gpusq_compile.plan import Treatment, planned
+from gpusq_compile.remarks import analysis, passed
+
+MODEL_FILE = "model.onnx"
+
+
+def run(compilation: Compilation) -> PassResult:
+    assert compilation.onnx_model is not None
+    path = compilation.workdir / MODEL_FILE
+    onnx.save(compilation.onnx_model, path)
+    written = onnx.load(path)
+    plans = [plan for _, plan in planned(compilation.ir.graph) if plan.applied != Treatment()]
+    stored = check_layers(written, plans)
+    compilation.stored = {layer.name: layer for layer in stored}
+    result = PassResult(matched=len(stored), changed=0)
+    faults = [f"{layer.name}: {fault}" for layer in stored for fault in layer.faults]
+    session = open_session(path)
+    numerics = compare(compilation.expected, session)
+    limits = compilation.rules.verify
+    compilation.verify = {
+        "structure": {"layers": len(stored), "faults": faults},
+        "numerics": asdict(numerics),
+        "limits": limits.model_dump(mode="json"),
+    }
+    faults += numerics.shortfalls(limits)
+    compilation.verify["ok"] = not faults
+    if faults:
+        more = f" (and {len(faults) - 1} more, in the report)" if len(faults) > 1 else ""
+        raise CheckFailed("verify", f"{faults[0]}{more}")
+    result.remarks.append(passed("structure", f"{len(stored)} layers are stored as planned"))
+    result.remarks.append(
+        analysis(
+            "numerics",
+            f"{numerics.samples} samples: cosine >= {numerics.min_cosine:.6f}, top-1 agreement "
+            f"{numerics.top1_agreement:.1%}, largest difference {numerics.max_difference:.4f} std",
+        )
+    )
+    factory = compilation.source.eval_data
+    if factory is not None:
+        with session_graph(session, compilation) as predict:
+            accuracy = top1(predict, factory, compilation.device)
+        compilation.accuracy["onnx"] = accuracy.top1 if accuracy else None
+    return result
+
+
+PASS = Pass(
+    name="verify_onnx",
+    summary="check the written file's structure and numerics",
+    run=run,
+    requires=("onnx_final",),
+    ensures=("verified",),
+)
