@@ -161,32 +161,3 @@ def check_labels(labels: torch.Tensor, classes: int, where: str) -> None:
             "labels-range",
             f"{where} has labels from {low} to {high}, but the model has {classes} classes",
         )
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Top-1 of `images` images, in [0, 1]."""
-
-    top1: float
-    images: int
-
-
-def top1(
-    predict: Callable[[tuple[Any, ...]], torch.Tensor],
-    factory: DataFactory,
-    device: torch.device,
-    name: str = "eval_data",
-) -> Accuracy | None:
-    """Top-1 accuracy over all labelled batches; None when the data has no labels.
-
-    `predict` maps a batch's inputs to logits [batch, classes].
-    """
-    right = total = 0
-    for index, batch in enumerate(batches(factory, name, device)):
-        if batch.labels is None:
-            continue
-        logits = predict(batch.inputs)
-        check_labels(batch.labels, logits.shape[1], f"{name}() batch {index}")
-        right += int((logits.argmax(dim=1) == batch.labels).sum())
-        total += batch.size
-    return Accuracy(right / total, total) if total else None

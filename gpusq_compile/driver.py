@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch.utils._pytree import tree_leaves
 
+from gpusq_compile.accuracy import measure_top1
 from gpusq_compile.compilation import Compilation, PassRecord
-from gpusq_compile.data import logits_of, top1
 from gpusq_compile.errors import InternalError
 from gpusq_compile.graph.text import graph_text
 from gpusq_compile.graph.verifier import verify_ir
@@ -73,7 +73,7 @@ def run_pass(compilation: Compilation, step: Pass) -> None:
             console.warn(remark.reason)
     dump(compilation, step, before)
     if step.name in MEASURED_AFTER:
-        measure(compilation, MEASURED_AFTER[step.name])
+        measure_top1(compilation, MEASURED_AFTER[step.name], compilation.ir)
 
 
 def numerical_change(compilation: Compilation) -> float:
@@ -92,24 +92,6 @@ def numerical_change(compilation: Compilation) -> float:
             changes.append(float((new - old).abs().max() / spread))
     compilation.reference = after
     return max(changes)
-
-
-def measure(compilation: Compilation, name: str) -> None:
-    """Top-1 of the graph as it is now over the evaluation data, where there is any."""
-    factory = compilation.source.eval_data
-    if factory is None:
-        compilation.accuracy[name] = None
-        return
-
-    def predict(inputs: tuple[object, ...]) -> torch.Tensor:
-        with torch.no_grad():
-            outputs = compilation.network.run(compilation.ir, inputs)
-        return logits_of(outputs, compilation.source.logits)
-
-    accuracy = top1(predict, factory, compilation.device)
-    compilation.accuracy[name] = accuracy.top1 if accuracy else None
-    if accuracy:
-        compilation.console.info(f"top-1 {name}: {accuracy.top1:.2%} of {accuracy.images} images")
 
 
 def text_before(compilation: Compilation, step: Pass) -> str | None:

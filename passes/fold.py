@@ -13,6 +13,7 @@ import torch
 import torch.fx
 
 from gpusq_compile.compilation import Compilation
+from gpusq_compile.data import batches
 from gpusq_compile.finetune.taps import Tap
 from gpusq_compile.graph.edit import (
     NAMESPACE,
@@ -22,7 +23,7 @@ from gpusq_compile.graph.edit import (
     inserted_path,
     set_tensor,
 )
-from gpusq_compile.lowering.runtime import record_expected
+from gpusq_compile.lowering.runtime import Expected, record
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.plan import LayerPlan, planned
 from gpusq_compile.quantization.fake_quantize import FakeQuantize, quantize_values
@@ -30,6 +31,8 @@ from gpusq_compile.quantization.operators import DEQUANTIZE, QUANTIZE
 from gpusq_compile.sparsity import Mask
 
 SCALE_SUFFIX = "_scale"
+EXPECTED_BATCHES = 2
+"""Batches whose outputs the final file must reproduce."""
 
 
 def run(compilation: Compilation) -> PassResult:
@@ -57,6 +60,18 @@ def run(compilation: Compilation) -> PassResult:
                 fold_activation(graph_module, node, module)
     finish(graph_module)
     return result
+
+
+def record_expected(compilation: Compilation) -> list[Expected]:
+    """The fake-quantized graph's outputs on real batches; on the probe where there is no data."""
+    source = compilation.source
+    for name in ("eval_data", "calibration_data", "train_data"):
+        factory = getattr(source, name)
+        if factory is not None:
+            found = batches(factory, name, compilation.device, EXPECTED_BATCHES)
+            calls = [compilation.network.scoped_inputs(batch.inputs) for batch in found]
+            return [record(compilation.ir, args, kwargs) for args, kwargs in calls]
+    return [record(compilation.ir, *compilation.probe)]
 
 
 def fold_weight(graph_module: torch.fx.GraphModule, node: torch.fx.Node, plan: LayerPlan) -> None:

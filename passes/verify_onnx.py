@@ -15,11 +15,11 @@ from dataclasses import asdict
 
 import onnx
 
+from gpusq_compile.accuracy import measure_top1
 from gpusq_compile.compilation import Compilation
-from gpusq_compile.data import top1
 from gpusq_compile.errors import CheckFailed
 from gpusq_compile.lowering.check import check_layers
-from gpusq_compile.lowering.runtime import compare, open_session, session_graph
+from gpusq_compile.lowering.runtime import SessionModule, compare, open_session
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.plan import Treatment, planned
 from gpusq_compile.remarks import analysis, passed
@@ -36,16 +36,16 @@ def run(compilation: Compilation) -> PassResult:
     stored = check_layers(written, plans)
     compilation.stored = {layer.name: layer for layer in stored}
     result = PassResult(matched=len(stored), changed=0)
-    faults = [f"{layer.name}: {fault}" for layer in stored for fault in layer.faults]
+    broken = [f"{layer.name}: {fault}" for layer in stored for fault in layer.faults]
     session = open_session(path)
     numerics = compare(compilation.expected, session)
     limits = compilation.rules.verify
     compilation.verify = {
-        "structure": {"layers": len(stored), "faults": faults},
+        "structure": {"layers": len(stored), "faults": broken},
         "numerics": asdict(numerics),
         "limits": limits.model_dump(mode="json"),
     }
-    faults += numerics.shortfalls(limits)
+    faults = broken + numerics.shortfalls(limits)
     compilation.verify["ok"] = not faults
     if faults:
         more = f" (and {len(faults) - 1} more, in the report)" if len(faults) > 1 else ""
@@ -58,11 +58,9 @@ def run(compilation: Compilation) -> PassResult:
             f"{numerics.top1_agreement:.1%}, largest difference {numerics.max_difference:.4f} std",
         )
     )
-    factory = compilation.source.eval_data
-    if factory is not None:
-        with session_graph(session, compilation) as predict:
-            accuracy = top1(predict, factory, compilation.device)
-        compilation.accuracy["onnx"] = accuracy.top1 if accuracy else None
+    assert compilation.program is not None
+    stand_in = SessionModule(session, compilation.program.call_spec.out_spec)
+    measure_top1(compilation, "onnx", stand_in)
     return result
 
 

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnxruntime
 import torch
+import torch.fx
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
-from gpusq_compile.data import batches, logits_of
 from gpusq_compile.language.schema import Verify
 
-if TYPE_CHECKING:
-    from gpusq_compile.compilation import Compilation
-
-BATCHES = 2
-"""Batches that the comparison runs on."""
 TIE = 0.05
 """Classes whose reference logits differ by less than this share of the logits' standard deviation
 are a tie: either may win under rounding, and no disagreement is counted."""
@@ -69,24 +62,12 @@ class Numerics:
         return found
 
 
-def record_expected(compilation: Compilation) -> list[Expected]:
-    """The fake-quantized graph's outputs on real batches, before anything is folded."""
-    source = compilation.source
-    factory = source.eval_data or source.calibration_data or source.train_data
-    recorded = []
+def record(
+    graph_module: torch.fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Expected:
+    """Run the graph on one batch and keep what the final file must reproduce."""
     with torch.no_grad():
-        if factory is None:
-            args, kwargs = compilation.probe
-            recorded.append(_record(compilation, args, kwargs))
-        else:
-            for batch in batches(factory, "eval_data", compilation.device, BATCHES):
-                args, kwargs = compilation.network.scoped_inputs(batch.inputs)
-                recorded.append(_record(compilation, args, kwargs))
-    return recorded
-
-
-def _record(compilation: Compilation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Expected:
-    outputs = compilation.ir(*args, **kwargs)
+        outputs = graph_module(*args, **kwargs)
     return Expected(_tensors((args, kwargs)), [leaf.float().cpu() for leaf in _tensors(outputs)])
 
 
@@ -137,8 +118,11 @@ def compare(expected: list[Expected], session: onnxruntime.InferenceSession) -> 
     return Numerics(samples, cosine, right / samples, difference, worst)
 
 
-class _Session(nn.Module):
-    """The runtime in the place of the graph, for the user's model around it."""
+class SessionModule(nn.Module):
+    """The runtime in the place of the compiled module, for the user's model around it.
+
+    `out_spec` is the pytree of the module's outputs, as `torch.export` recorded it.
+    """
 
     def __init__(self, session: onnxruntime.InferenceSession, out_spec: Any) -> None:
         super().__init__()
@@ -147,19 +131,3 @@ class _Session(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return tree_unflatten(run_session(self.session, _tensors((args, kwargs))), self.out_spec)
-
-
-@contextmanager
-def session_graph(
-    session: onnxruntime.InferenceSession, compilation: Compilation
-) -> Iterator[Callable[[tuple[Any, ...]], torch.Tensor]]:
-    """A function from the model's inputs to logits, with the runtime at the compiled scope."""
-    assert compilation.program is not None
-    stand_in = _Session(session, compilation.program.call_spec.out_spec)
-
-    def predict(inputs: tuple[Any, ...]) -> torch.Tensor:
-        with torch.no_grad():
-            outputs = compilation.network.run(stand_in, inputs)
-        return logits_of(outputs, compilation.source.logits)
-
-    yield predict
