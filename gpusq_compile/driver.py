@@ -13,6 +13,7 @@ from gpusq_compile.compilation import Compilation, PassRecord
 from gpusq_compile.errors import InternalError
 from gpusq_compile.graph.text import graph_text
 from gpusq_compile.graph.verifier import verify_ir
+from gpusq_compile.numerics import largest_difference
 from gpusq_compile.pass_base import Pass
 from gpusq_compile.remarks import Kind
 
@@ -88,8 +89,7 @@ def numerical_change(compilation: Compilation) -> float:
     changes = [0.0]
     for old, new in zip(compilation.reference, after, strict=True):
         if old.is_floating_point():
-            spread = old.std().clamp_min(1e-12)
-            changes.append(float((new - old).abs().max() / spread))
+            changes.append(largest_difference(new, old))
     compilation.reference = after
     return max(changes)
 

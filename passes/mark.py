@@ -197,5 +197,5 @@ PASS = Pass(
     run=run,
     requires=("graph", "canonical"),
     ensures=("marked",),
-    preserves=0.0,
+    preserves=1e-6,
 )

@@ -40,5 +40,5 @@ PASS = Pass(
     run=run,
     requires=("marked",),
     ensures=("tapped",),
-    preserves=0.0,
+    preserves=1e-6,
 )

@@ -31,6 +31,7 @@ SMOOTHING = 0.95
 """Weight of the past in the smoothed loss that thresholds and plateaus are judged by."""
 MIN_IMPROVEMENT = 1e-3
 """Relative improvement of the smoothed loss that counts against a plateau."""
+PHASES = ("sparse", "quantize")
 CURVE_POINTS = 200
 """Most points of the loss curve that the report keeps."""
 
@@ -86,7 +87,8 @@ def train(
     )
     listen(student)
     listen(teacher)
-    torch.manual_seed(compilation.options.seed)
+    # The order of the data depends on the seed and the phase alone, not on what ran before.
+    torch.manual_seed(compilation.options.seed + PHASES.index(name))
     curve: list[dict[str, float]] = []
     limits = Limits(phase)
     stopped_by = "budget"

@@ -75,7 +75,7 @@ def _check_layer(graph: _Graph, plan: LayerPlan) -> StoredLayer:
     mask_ok = None
     if plan.applied.sparsity is not None:
         pattern = PATTERNS[plan.applied.sparsity]
-        bad = violations(torch.from_numpy(np.ascontiguousarray(by_output)), pattern)
+        bad = violations(torch.from_numpy(by_output.copy()), pattern)
         mask_ok = bad == 0
         if bad:
             faults.append(f"{bad} groups break {plan.applied.sparsity}")

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from gpusq_compile.language.schema import Verify
+from gpusq_compile.numerics import cosine_per_sample, largest_difference, per_sample, spread
 
 TIE = 0.05
 """Classes whose reference logits differ by less than this share of the logits' standard deviation
@@ -105,15 +106,13 @@ def compare(expected: list[Expected], session: onnxruntime.InferenceSession) -> 
     for record in expected:
         actual = run_session(session, record.inputs)
         for index, (ours, theirs) in enumerate(zip(actual, record.outputs, strict=True)):
-            ours = ours.float()
-            flat = nn.functional.cosine_similarity(ours.flatten(1), theirs.flatten(1), dim=1)
-            cosine = min(cosine, float(flat.min()))
-            deviation = float((ours - theirs).abs().max() / theirs.std().clamp_min(1e-12))
-            if not deviation <= difference:
-                difference, worst = deviation, index
-        ours, theirs = actual[0].float().flatten(1), record.outputs[0].flatten(1)
+            cosine = min(cosine, float(cosine_per_sample(ours, theirs).min()))
+            largest = largest_difference(ours, theirs)
+            if largest > difference:
+                difference, worst = largest, index
+        ours, theirs = per_sample(actual[0]), per_sample(record.outputs[0])
         chosen = theirs.gather(1, ours.argmax(dim=1, keepdim=True)).squeeze(1)
-        right += int((theirs.amax(dim=1) - chosen <= TIE * theirs.std()).sum())
+        right += int((theirs.amax(dim=1) - chosen <= TIE * spread(theirs)).sum())
         samples += len(ours)
     return Numerics(samples, cosine, right / samples, difference, worst)
 
