@@ -95,9 +95,20 @@ def export(
 
         shapes = (*tree_map(dynamic, args), *tree_map(dynamic, kwargs).values())
     try:
-        return torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
+        program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
+        # Passes move nodes, which is legal only where no operator writes to its input. An empty
+        # table functionalizes and decomposes nothing; it costs a second trace.
+        return program.run_decompositions({}) if mutates(program) else program
     except Exception as error:
         raise _export_error(compilation, error) from error
+
+
+def mutates(program: torch.export.ExportedProgram) -> bool:
+    """Whether any operator of the program writes to its input (`relu_`, `zero_`, ...)."""
+    return any(
+        isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+        for node in program.graph.nodes
+    )
 
 
 def _export_error(compilation: Compilation, error: Exception) -> InputError:
