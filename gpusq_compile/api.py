@@ -32,7 +32,7 @@ from gpusq_compile.language.loader import Rules, load_rules
 from gpusq_compile.language.schema import Compute
 from gpusq_compile.model_source import DataFactory, ModelSource, check_source, load_source
 from gpusq_compile.network import Network
-from gpusq_compile.output import REPORT, publish, staging, write_json
+from gpusq_compile.output import REPORT, REPRO, publish, staging, write_json
 from gpusq_compile.passes import PIPELINE, fold, mark
 from gpusq_compile.passes.verify_onnx import MODEL_FILE
 from gpusq_compile.plan import planned
@@ -432,7 +432,7 @@ def _internal(
     message = f"pass '{stopped}': {text}"
     if output is None:
         return InternalError(code, message)
-    folder = output / "repro"
+    folder = output / REPRO
     folder.mkdir(parents=True, exist_ok=True)
     write_json(
         folder / "about.json",

@@ -70,8 +70,6 @@ def run_pass(compilation: Compilation, step: Pass) -> None:
     )
     for remark in result.remarks:
         console.detail(f"  {remark.kind}: {remark.layer or '-'}: {remark.reason}")
-        if remark.code in ("random-weights", "synthetic-calibration"):
-            console.warn(remark.reason)
     dump(compilation, step, before)
     if step.name in MEASURED_AFTER:
         measure_top1(compilation, MEASURED_AFTER[step.name], compilation.ir)

@@ -44,13 +44,6 @@ def load_library_model(
     else:
         source.synthetic = True
         source.calibration_data = lambda: _noise(input_size)
-        source.notes.append(
-            (
-                "synthetic-calibration",
-                "no data was given, so activation scales come from generated noise and fit no "
-                "real image; --data imagefolder:DIR gives real ones",
-            )
-        )
     return source
 
 

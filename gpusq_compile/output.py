@@ -15,6 +15,7 @@ from typing import Any
 from gpusq_compile.errors import InputError
 
 MANIFEST = "manifest.json"
+REPRO = "repro"
 REPORT = "report.json"
 STAGING_PREFIX = ".gpusq-staging-"
 
@@ -65,7 +66,7 @@ def publish(stage: Path, output: Path, about: dict[str, Any]) -> list[Path]:
     """Move every staged file into `output`, the manifest last.
 
     Files that an earlier run listed in its manifest and this one did not write are removed, so
-    that the folder never mixes two runs. `about` is what the manifest says beside its files.
+    that the folder never mixes two runs; so is the `repro/` of a crash. `about` is what the manifest says beside its files.
     """
     staged = sorted(path for path in stage.rglob("*") if path.is_file())
     names = [str(path.relative_to(stage)) for path in staged]
@@ -75,6 +76,7 @@ def publish(stage: Path, output: Path, about: dict[str, Any]) -> list[Path]:
         if target.parent != output:
             _remove_empty([target.parent])
     (output / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(output / REPRO, ignore_errors=True)
     manifest = {**about, "files": {n: digest(p) for n, p in zip(names, staged, strict=True)}}
     published = []
     for name, path in zip(names, staged, strict=True):

@@ -142,6 +142,13 @@ def calibrate(
             )
         module.set_scale(torch.tensor(scale, device=compilation.device))
         module.observer = None
+    if compilation.source.synthetic:
+        text = (
+            "no data was given, so activation scales come from generated noise and fit no real "
+            "image; --data imagefolder:DIR gives real ones"
+        )
+        compilation.console.warn(text)
+        result.remarks.append(missed("synthetic-calibration", text))
     result.remarks.append(
         analysis("calibrated", f"{len(quantizers)} tensors from {images} images of {name}")
     )

@@ -19,7 +19,7 @@ from gpusq_compile.errors import InputError
 from gpusq_compile.graph.query import source_line
 from gpusq_compile.model_source import user_error
 from gpusq_compile.pass_base import Pass, PassResult
-from gpusq_compile.remarks import analysis
+from gpusq_compile.remarks import analysis, missed
 
 MIN_BATCH = 2
 """`torch.export` specializes batch sizes 0 and 1, so the trace needs two or more."""
@@ -55,7 +55,9 @@ def run(compilation: Compilation) -> PassResult:
     nodes = len(compilation.graph.graph.nodes)
     result = PassResult(matched=1, changed=1)
     result.remarks.append(analysis("traced", f"{nodes} nodes from {source.origin}"))
-    result.remarks += [analysis(code, text) for code, text in source.notes]
+    for code, text in source.notes:
+        compilation.console.warn(text)
+        result.remarks.append(missed(code, text))
     return result
 
 
