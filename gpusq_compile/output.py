@@ -66,7 +66,8 @@ def publish(stage: Path, output: Path, about: dict[str, Any]) -> list[Path]:
     """Move every staged file into `output`, the manifest last.
 
     Files that an earlier run listed in its manifest and this one did not write are removed, so
-    that the folder never mixes two runs; so is the `repro/` of a crash. `about` is what the manifest says beside its files.
+    that the folder never mixes two runs; so is the `repro/` of a crash. `about` is what the
+    manifest says beside its files.
     """
     staged = sorted(path for path in stage.rglob("*") if path.is_file())
     names = [str(path.relative_to(stage)) for path in staged]

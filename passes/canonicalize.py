@@ -1,7 +1,7 @@
 """canonicalize: bring the graph to the few forms that later passes know.
 
 Needs `graph`. Rewrites, each exact:
-- `dropout` in eval mode, `alias`, `detach`, `contiguous` -> nothing;
+- `dropout` in eval mode, `alias`, `detach`, `contiguous`, a cast to the same type -> nothing;
 - `view` -> `reshape`, which is legal for every stride that later rewrites may leave behind;
 - a non-overlapping convolution (kernel = stride, no padding) -> patches @ linear, so that a patch
   embedding is a GEMM with reduction size C * P * P.
@@ -19,7 +19,7 @@ from gpusq_compile.compilation import Compilation
 from gpusq_compile.graph.edit import finish, insert_call, insert_get_attr, set_tensor
 from gpusq_compile.graph.query import shape_of, tensor_attribute
 from gpusq_compile.pass_base import Pass, PassResult
-from gpusq_compile.remarks import missed, passed
+from gpusq_compile.remarks import analysis, passed
 
 aten = torch.ops.aten
 
@@ -61,19 +61,28 @@ def run(compilation: Compilation) -> PassResult:
             )
         else:
             result.skipped += 1
-            result.remarks.append(missed("patchify", refusal, layer))
+            result.remarks.append(analysis("patchify", f"left a convolution: {refusal}", layer))
     finish(graph_module)
     return result
 
 
 def remove_identity(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> str | None:
-    if node.target not in IDENTITIES:
+    if node.target not in IDENTITIES and not casts_to_own_type(node):
         return None
     if node.target is aten.dropout.default and len(node.args) > 2 and node.args[2]:
         return None
     node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
     graph_module.graph.erase_node(node)
     return "identity"
+
+
+def casts_to_own_type(node: torch.fx.Node) -> bool:
+    source = node.args[0] if node.args else None
+    return (
+        node.target is aten.to.dtype
+        and isinstance(source, torch.fx.Node)
+        and source.meta["val"].dtype == node.meta["val"].dtype
+    )
 
 
 def view_to_reshape(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> str | None:

@@ -2,7 +2,8 @@
 
 Needs `folded`. Lifts the graph into an `ExportedProgram` by hand, so that nothing is traced a
 second time, and gives it to `torch.onnx.export` with one translation for each of the two integer
-operators. Guarantees `onnx`: float32 around int8 weights, dynamic batch.
+operators. A graph with an operator that the exporter cannot translate whole is decomposed first.
+Guarantees `onnx`: float32 around int8 weights, dynamic batch.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import torch
 
 from gpusq_compile.compilation import Compilation
-from gpusq_compile.lowering.lift import lift
+from gpusq_compile.errors import CheckFailed
+from gpusq_compile.lowering.lift import UndecomposedProgram, lift
 from gpusq_compile.lowering.to_onnx import OPSET, to_onnx
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.remarks import analysis
@@ -18,11 +20,15 @@ from gpusq_compile.remarks import analysis
 
 def run(compilation: Compilation) -> PassResult:
     assert compilation.program is not None
-    with torch.no_grad():
-        program = lift(compilation.ir, compilation.program)
-        compilation.onnx_model = to_onnx(program)
-    nodes = len(compilation.onnx_model.graph.node)
     result = PassResult(matched=1, changed=1)
+    with torch.no_grad():
+        try:
+            program = lift(compilation.ir, compilation.program, UndecomposedProgram)
+            compilation.onnx_model = to_onnx(program)
+        except CheckFailed as error:
+            result.remarks.append(analysis("decomposed", f"not translated whole: {error.message}"))
+            compilation.onnx_model = to_onnx(lift(compilation.ir, compilation.program))
+    nodes = len(compilation.onnx_model.graph.node)
     result.remarks.append(analysis("exported", f"{nodes} ONNX nodes, opset {OPSET}"))
     return result
 

@@ -14,7 +14,7 @@ from gpusq_compile.finetune.teacher import frozen_copy
 from gpusq_compile.language.schema import QuantizePhase
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.quantization.fake_quantize import FakeQuantize
-from gpusq_compile.remarks import missed, passed
+from gpusq_compile.remarks import analysis, passed
 
 
 def run(compilation: Compilation) -> PassResult:
@@ -31,7 +31,7 @@ def run(compilation: Compilation) -> PassResult:
         reason = "no layer is quantized"
     if reason is not None:
         result.skipped = 1
-        result.remarks.append(missed("finetune-skipped", reason))
+        result.remarks.append(analysis("finetune-skipped", reason))
         compilation.finetune["quantize"] = {"steps": 0, "stopped_by": "skipped", "reason": reason}
         return result
     assert isinstance(phase, QuantizePhase)

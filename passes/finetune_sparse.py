@@ -14,7 +14,7 @@ from gpusq_compile.finetune.teacher import frozen_copy, zero_masked_weights
 from gpusq_compile.language.schema import Phase
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.plan import planned
-from gpusq_compile.remarks import analysis, missed, passed
+from gpusq_compile.remarks import analysis, passed
 from gpusq_compile.sparsity import Mask
 
 
@@ -37,7 +37,7 @@ def run(compilation: Compilation) -> PassResult:
     zero_masked_weights(graph_module)
     if reason is not None:
         result.skipped = 1
-        result.remarks.append(missed("finetune-skipped", reason))
+        result.remarks.append(analysis("finetune-skipped", reason))
         compilation.finetune["sparse"] = {"steps": 0, "stopped_by": "skipped", "reason": reason}
     else:
         assert dense is not None

@@ -25,13 +25,27 @@ from torch.utils._pytree import tree_leaves
 from gpusq_compile.graph.query import tensor_attribute
 
 
+class UndecomposedProgram(torch.export.ExportedProgram):
+    """A program that the ONNX exporter translates operator by operator, as it is.
+
+    The exporter first decomposes every program, which traces it several more times and takes
+    longer than the translation. Operators that it translates whole (linear, layer_norm, attention,
+    gelu, ...) need no decomposition.
+    """
+
+    def run_decompositions(self, *_: Any, **__: Any) -> torch.export.ExportedProgram:
+        return self
+
+
 def lift(
-    graph_module: torch.fx.GraphModule, traced: torch.export.ExportedProgram
+    graph_module: torch.fx.GraphModule,
+    traced: torch.export.ExportedProgram,
+    kind: type[torch.export.ExportedProgram] = torch.export.ExportedProgram,
 ) -> torch.export.ExportedProgram:
     """The program of a rewritten `graph_module`, with the call convention of `traced`.
 
     Every tensor the graph reads becomes an input of the program: parameters as such, everything
-    else as a buffer.
+    else as a buffer. `kind` is the class of the program.
     """
     graph = torch.fx.Graph()
     values: dict[torch.fx.Node, Any] = {}
@@ -44,13 +58,13 @@ def lift(
             continue
         path = str(node.target)
         if path not in lifted:
-            kind = InputKind.PARAMETER if path in parameters else InputKind.BUFFER
+            role = InputKind.PARAMETER if path in parameters else InputKind.BUFFER
             placeholder = graph.placeholder(("p_" if path in parameters else "b_") + node.name)
             placeholder.meta = copy.copy(node.meta)
             lifted[path] = placeholder
             state[path] = tensor_attribute(graph_module, path)
-            persistent = None if kind is InputKind.PARAMETER else True
-            specs.append(InputSpec(kind, TensorArgument(placeholder.name), path, persistent))
+            persistent = None if role is InputKind.PARAMETER else True
+            specs.append(InputSpec(role, TensorArgument(placeholder.name), path, persistent))
         values[node] = lifted[path]
     for node in graph_module.graph.nodes:
         if node.op == "placeholder":
@@ -68,7 +82,7 @@ def lift(
     outputs = [
         OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(result.name), None) for result in results
     ]
-    return torch.export.ExportedProgram(
+    return kind(
         root=torch.nn.Module(),
         graph=graph,
         graph_signature=ExportGraphSignature(specs, outputs),
