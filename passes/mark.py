@@ -49,6 +49,7 @@ def run(compilation: Compilation) -> PassResult:
     decisions = decide(compilation.rules, [offer.candidate for offer in offers])
     result = PassResult()
     for warning in decisions.warnings:
+        compilation.console.warn(str(warning))
         result.remarks.append(analysis(warning.code, str(warning)))
     tapped: list[tuple[Offer, Decision, Distill]] = []
     for offer, decision in zip(offers, decisions.decisions, strict=True):
