@@ -1,10 +1,16 @@
 """Engines: build them, read what became of each layer, or write the script that builds them."""
 
-from .backend import build_engines
-from .backends import BACKENDS, PORTABLE
-from .builder_log import find_gemms, parse_builder_log
-from .report import BatchRange, BuiltEngine, EngineReport, GemmInEngine, MarkedGemm
-from .script import build_script
+from gpusq_compile.engine.backend import build_engines
+from gpusq_compile.engine.backends import BACKENDS, PORTABLE
+from gpusq_compile.engine.builder_log import find_gemms, parse_builder_log
+from gpusq_compile.engine.report import (
+    BatchRange,
+    BuiltEngine,
+    EngineReport,
+    GemmInEngine,
+    MarkedGemm,
+)
+from gpusq_compile.engine.script import build_script
 
 __all__ = [
     "BACKENDS",

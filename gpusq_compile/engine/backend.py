@@ -17,12 +17,11 @@ from typing import Any, Literal, cast
 
 import onnx as onnx_library
 
+from gpusq_compile.engine import worker
+from gpusq_compile.engine.backends import PORTABLE, Backend, choose_backend
+from gpusq_compile.engine.builder_log import BuilderLog, find_gemms, parse_builder_log
+from gpusq_compile.engine.report import BatchRange, BuiltEngine, EngineReport, MarkedGemm
 from gpusq_compile.errors import CheckFailed, InputError, relative_to_cwd
-
-from . import worker
-from .backends import PORTABLE, Backend, choose_backend
-from .builder_log import BuilderLog, find_gemms, parse_builder_log
-from .report import BatchRange, BuiltEngine, EngineReport, MarkedGemm
 
 # Called with the target, the builder's phase and the finished fraction, 0 to 1.
 Progress = Callable[[str, str, float], None]

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .report import Answer, GemmInEngine, MarkedGemm, Status
+from gpusq_compile.engine.report import Answer, GemmInEngine, MarkedGemm, Status
 
 _LAYER = re.compile(
     r"Name: (?P<name>.+?), LayerType: (?P<kind>[^,]+), "

@@ -5,10 +5,9 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 
+from gpusq_compile.engine.backends import PORTABLE
+from gpusq_compile.engine.report import BatchRange
 from gpusq_compile.errors import InputError
-
-from .backends import PORTABLE
-from .report import BatchRange
 
 _TEMPLATE = r"""#!/usr/bin/env bash
 # Builds the TensorRT engine of @ONNX@ and times it@AGAINST@.
