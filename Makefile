@@ -46,7 +46,7 @@ format: setup ## Format the code
 	$(BIN)/ruff format
 
 schema: setup ## Write the generated files again: the JSON schema of the rules language
-	$(BIN)/python -m gpusq_compile.language.json_schema
+	$(BIN)/python -m gpusq_compile.language
 
 bench-compile-time: setup ## Compile time and memory against nvidia-modelopt
 	$(BIN)/python benchmarks/compile_time.py

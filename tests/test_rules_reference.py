@@ -17,7 +17,7 @@ from gpusq_compile.language.problems import CODES
 from gpusq_compile.language.reference import REFERENCE_PATH, reference_text
 from gpusq_compile.rules import shipped_rules
 
-HOW = "run `python -m gpusq_compile.language.json_schema`"
+HOW = "run `python -m gpusq_compile.language`"
 
 
 def test_shipped_json_schema_is_current() -> None:
@@ -86,6 +86,6 @@ def test_schema_accepts_the_short_forms() -> None:
 
 
 def test_module_prints_the_schema_for_editors() -> None:
-    command = [sys.executable, "-m", "gpusq_compile.language.json_schema", "--print"]
+    command = [sys.executable, "-m", "gpusq_compile.language", "--print"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == build_schema()

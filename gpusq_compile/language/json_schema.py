@@ -1,13 +1,8 @@
-"""The JSON schema of the rules language, for completion and checks in an editor.
-
-python -m gpusq_compile.language.json_schema           writes rules.schema.json and docs/rules.md
-python -m gpusq_compile.language.json_schema --print   prints the schema
-"""
+"""The JSON schema of the rules language, for completion and checks in an editor."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any, Final
 
@@ -45,25 +40,3 @@ def _tidy(value: Any) -> None:
     for child in children:
         if isinstance(child, dict | list):
             _tidy(child)
-
-
-def main(arguments: list[str]) -> int:
-    if arguments == ["--print"]:
-        sys.stdout.write(schema_text())
-        return 0
-    if arguments:
-        sys.stderr.write(__doc__ or "")
-        return 2
-    from gpusq_compile.language.reference import REFERENCE_PATH, reference_text
-
-    texts = {SCHEMA_PATH: schema_text()}
-    if REFERENCE_PATH.parent.is_dir():
-        texts[REFERENCE_PATH] = reference_text()
-    for path, text in texts.items():
-        path.write_text(text, encoding="utf-8")
-        sys.stderr.write(f"wrote {path}\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -54,7 +54,7 @@ _SECTIONS: Final[tuple[tuple[str, type[BaseModel]], ...]] = (
 )
 
 _INTRODUCTION: Final = """\
-<!-- Written by `python -m gpusq_compile.language.json_schema`; edit the models instead. -->
+<!-- Written by `python -m gpusq_compile.language`; edit the models instead. -->
 # Rules
 
 A rules file says what happens to which layers of a model, for which target, and with how much
@@ -95,7 +95,7 @@ same keys.
   the file that extends wins.
 
 For completion in an editor, write the schema to a file with
-`python -m gpusq_compile.language.json_schema --print > rules.schema.json` and start the rules
+`python -m gpusq_compile.language --print > rules.schema.json` and start the rules
 with `# yaml-language-server: $schema=rules.schema.json`.
 """
 
