@@ -15,6 +15,7 @@ from gpusq_compile.console import Console
 from gpusq_compile.engine import EngineReport
 from gpusq_compile.language.loader import Rules
 from gpusq_compile.lowering.check import StoredLayer
+from gpusq_compile.lowering.lift import CallConvention
 from gpusq_compile.lowering.runtime import Expected
 from gpusq_compile.model_source import ModelSource
 from gpusq_compile.network import Network
@@ -71,7 +72,7 @@ class Compilation:
     network: Network
     workdir: Path
     graph: torch.fx.GraphModule | None = None
-    program: torch.export.ExportedProgram | None = None
+    convention: CallConvention | None = None
     probe: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
     reference: list[torch.Tensor] = field(default_factory=list)
     facts: set[str] = field(default_factory=set)
@@ -97,6 +98,11 @@ class Compilation:
             raise RuntimeError("no graph: the trace pass has not run")
         return self.graph
 
-    def stand_in(self) -> nn.Module:
-        """What runs in the scope's place now: the graph, or before the trace the original."""
-        return self.graph if self.graph is not None else self.network.original
+    def forget_module(self) -> None:
+        """Drop the user's module once the graph stands for all of it.
+
+        Its dense weights would otherwise stay in memory beside what passes make of them. With a
+        scope the rest of the module is still needed.
+        """
+        if self.network.scope is None:
+            self.network.root = self.network.original = self.source.module = nn.Identity()

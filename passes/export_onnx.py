@@ -19,15 +19,15 @@ from gpusq_compile.remarks import analysis
 
 
 def run(compilation: Compilation) -> PassResult:
-    assert compilation.program is not None
+    assert compilation.convention is not None
     result = PassResult(matched=1, changed=1)
     with torch.no_grad():
         try:
-            program = lift(compilation.ir, compilation.program, UndecomposedProgram)
+            program = lift(compilation.ir, compilation.convention, UndecomposedProgram)
             compilation.onnx_model = to_onnx(program)
         except CheckFailed as error:
             result.remarks.append(analysis("decomposed", f"not translated whole: {error.message}"))
-            compilation.onnx_model = to_onnx(lift(compilation.ir, compilation.program))
+            compilation.onnx_model = to_onnx(lift(compilation.ir, compilation.convention))
     nodes = len(compilation.onnx_model.graph.node)
     result.remarks.append(analysis("exported", f"{nodes} ONNX nodes, opset {OPSET}"))
     return result

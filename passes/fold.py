@@ -45,6 +45,7 @@ def run(compilation: Compilation) -> PassResult:
                 fold_weight(graph_module, node, plan)
                 result.matched += 1
                 result.changed += 1
+        graph_module.graph.eliminate_dead_code()
         modules = dict(graph_module.named_modules())
         for node in list(graph_module.graph.nodes):
             if node.op != "call_module":
@@ -107,7 +108,6 @@ def fold_weight(graph_module: torch.fx.GraphModule, node: torch.fx.Node, plan: L
     head = chain[0]
     assert isinstance(head, torch.fx.Node)
     node.replace_input_with(head, replacement)
-    graph.eliminate_dead_code()
 
 
 def fold_activation(

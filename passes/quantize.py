@@ -15,7 +15,7 @@ from gpusq_compile.compilation import Compilation
 from gpusq_compile.data import batches
 from gpusq_compile.errors import InputError
 from gpusq_compile.graph.edit import finish, insert_behind, insert_module_call, inserted_path
-from gpusq_compile.graph.query import weight_source
+from gpusq_compile.graph.query import tensor_attribute
 from gpusq_compile.language.schema import Calibration
 from gpusq_compile.model_source import DataFactory
 from gpusq_compile.pass_base import Pass, PassResult
@@ -26,7 +26,6 @@ from gpusq_compile.quantization.fake_quantize import (
     MIN_SCALE,
     WEIGHT_RANGES,
     FakeQuantize,
-    IntegerRange,
 )
 from gpusq_compile.remarks import analysis, missed, passed
 
@@ -47,7 +46,8 @@ def run(compilation: Compilation) -> PassResult:
         result.matched += 1
         if quantize.weight != "none":
             grid = WEIGHT_RANGES[quantize.weight]
-            quantize_weight(graph_module, node, plan, grid, calibration.weight, scale_dtype)
+            module = FakeQuantize(grid, channels=plan.shape[0], scale_dtype=scale_dtype)
+            insert_weight_quantizer(graph_module, node, plan, module)
             plan = plan.apply(weight=quantize.weight)
         if quantize.activation != "none":
             source = node.args[0]
@@ -72,29 +72,38 @@ def run(compilation: Compilation) -> PassResult:
     finish(graph_module)
     if activations:
         calibrate(compilation, activations, result)
+    # Activations are calibrated on the sparse float model; weights are quantized from here on.
+    for node, plan in planned(graph_module.graph):
+        if plan.applied.weight is not None:
+            set_weight_scale(graph_module, node, plan, calibration.weight)
     return result
 
 
-def quantize_weight(
-    graph_module: torch.fx.GraphModule,
-    node: torch.fx.Node,
-    plan: LayerPlan,
-    grid: IntegerRange,
-    method: str,
-    scale_dtype: torch.dtype,
+def insert_weight_quantizer(
+    graph_module: torch.fx.GraphModule, node: torch.fx.Node, plan: LayerPlan, module: FakeQuantize
 ) -> None:
-    """Insert and initialise the fake-quantizer between a (masked) weight and its operator."""
+    """Put the fake-quantizer between a (masked) weight and its operator."""
     value = node.args[1]
     assert isinstance(value, torch.fx.Node)
-    assert weight_source(node) is not None
-    channels = plan.shape[0]
-    module = FakeQuantize(grid, channels=channels, scale_dtype=scale_dtype)
-    weight = graph_module.get_parameter(plan.weight).detach()
-    if value.op == "call_module":
-        weight = graph_module.get_submodule(str(value.target))(weight)
-    module.to(weight.device).set_scale(weight_scale(weight, method, grid.qmax))
-    after = insert_module_call(graph_module, inserted_path("weight", plan.name), module, value)
+    path = inserted_path("weight", plan.name)
+    after = insert_module_call(graph_module, path, module, value, before=node)
     node.replace_input_with(value, after)
+
+
+def set_weight_scale(
+    graph_module: torch.fx.GraphModule, node: torch.fx.Node, plan: LayerPlan, method: str
+) -> None:
+    """Set a weight's scales from the values that reach its fake-quantizer, i.e. after the mask."""
+    quantizer = node.args[1]
+    assert isinstance(quantizer, torch.fx.Node)
+    module = graph_module.get_submodule(str(quantizer.target))
+    assert isinstance(module, FakeQuantize)
+    weight = tensor_attribute(graph_module, plan.weight).detach()
+    source = quantizer.args[0]
+    assert isinstance(source, torch.fx.Node)
+    if source.op == "call_module":
+        weight = graph_module.get_submodule(str(source.target))(weight)
+    module.to(weight.device).set_scale(weight_scale(weight, method, module.grid.qmax))
 
 
 def _activation_quantizer(name: str, scale_dtype: torch.dtype) -> FakeQuantize:

@@ -28,7 +28,7 @@ def run(compilation: Compilation) -> PassResult:
         weight = tensor_attribute(graph_module, plan.weight).detach()
         mask = magnitude_mask(weight, PATTERNS[plan.sparsity.pattern])
         masked = insert_module_call(
-            graph_module, inserted_path("mask", plan.name), Mask(mask), source
+            graph_module, inserted_path("mask", plan.name), Mask(mask), source, before=node
         )
         node.replace_input_with(source, masked)
         update_plan(node, plan.apply(sparsity=plan.sparsity.pattern))

@@ -17,6 +17,7 @@ from gpusq_compile.compilation import Compilation
 from gpusq_compile.data import batches
 from gpusq_compile.errors import InputError
 from gpusq_compile.graph.query import source_line
+from gpusq_compile.lowering.lift import convention_of
 from gpusq_compile.model_source import user_error
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.remarks import analysis, missed
@@ -47,11 +48,12 @@ def run(compilation: Compilation) -> PassResult:
     compilation.probe = (args, kwargs)
     compilation.reference = [leaf for leaf in tree_leaves(outputs) if torch.is_tensor(leaf)]
     program = export(compilation, module, args, kwargs)
-    compilation.program = program
+    compilation.convention = convention_of(program)
     compilation.graph = unlift(program)
     compilation.parameter_shapes = {
         name: parameter.shape for name, parameter in module.named_parameters()
     }
+    compilation.forget_module()
     nodes = len(compilation.graph.graph.nodes)
     result = PassResult(matched=1, changed=1)
     result.remarks.append(analysis("traced", f"{nodes} nodes from {source.origin}"))

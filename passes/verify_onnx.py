@@ -58,8 +58,8 @@ def run(compilation: Compilation) -> PassResult:
             f"{numerics.top1_agreement:.1%}, largest difference {numerics.max_difference:.4f} std",
         )
     )
-    assert compilation.program is not None
-    stand_in = SessionModule(session, compilation.program.call_spec.out_spec)
+    assert compilation.convention is not None
+    stand_in = SessionModule(session, compilation.convention.out_spec)
     measure_top1(compilation, "onnx", stand_in)
     return result
 

@@ -34,15 +34,19 @@ def insert_module_call(
     path: str,
     module: torch.nn.Module,
     value: torch.fx.Node,
+    before: torch.fx.Node | None = None,
 ) -> torch.fx.Node:
-    """Add `module` under `path` and a node that calls it on `value`, right after `value`.
+    """Add `module` under `path` and a node that calls it on `value`.
 
-    The module must keep shape and dtype (masks, fake-quantizers, taps do). Users of `value` are
-    not rewired: the caller decides which of them see the new node.
+    The node goes right after `value`, or right before the node `before`: what is computed from a
+    weight belongs next to its user, or a forward pass holds all of them at once. The module must
+    keep shape and dtype (masks, fake-quantizers, taps do). Users of `value` are not rewired: the
+    caller decides which of them see the new node.
     """
     if not graph_module.add_submodule(path, module):
         raise ValueError(f"cannot add a submodule at {path}")
-    with graph_module.graph.inserting_after(value):
+    graph = graph_module.graph
+    with graph.inserting_before(before) if before else graph.inserting_after(value):
         node = graph_module.graph.call_module(path, (value,))
     node.meta["val"] = value.meta.get("val")
     copy_provenance(value, node)

@@ -8,6 +8,7 @@ again would cost seconds and lose provenance; lifting it is a rename.
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +26,28 @@ from torch.utils._pytree import tree_leaves
 from gpusq_compile.graph.query import tensor_attribute
 
 
+@dataclass(frozen=True)
+class CallConvention:
+    """How the traced program is called: what a rewritten graph of it must keep.
+
+    Kept in place of the program itself, which would hold every dense weight until the end.
+    """
+
+    range_constraints: dict[Any, Any]
+    module_call_graph: list[Any]
+    example_inputs: Any
+    out_spec: Any
+
+
+def convention_of(program: torch.export.ExportedProgram) -> CallConvention:
+    return CallConvention(
+        range_constraints=program.range_constraints,
+        module_call_graph=program.module_call_graph,
+        example_inputs=program.example_inputs,
+        out_spec=program.call_spec.out_spec,
+    )
+
+
 class UndecomposedProgram(torch.export.ExportedProgram):
     """A program that the ONNX exporter translates operator by operator, as it is.
 
@@ -39,10 +62,10 @@ class UndecomposedProgram(torch.export.ExportedProgram):
 
 def lift(
     graph_module: torch.fx.GraphModule,
-    traced: torch.export.ExportedProgram,
+    convention: CallConvention,
     kind: type[torch.export.ExportedProgram] = torch.export.ExportedProgram,
 ) -> torch.export.ExportedProgram:
-    """The program of a rewritten `graph_module`, with the call convention of `traced`.
+    """The program of a rewritten `graph_module`, called as the traced one was.
 
     Every tensor the graph reads becomes an input of the program: parameters as such, everything
     else as a buffer. `kind` is the class of the program.
@@ -87,8 +110,8 @@ def lift(
         graph=graph,
         graph_signature=ExportGraphSignature(specs, outputs),
         state_dict=state,
-        range_constraints=traced.range_constraints,
-        module_call_graph=traced.module_call_graph,
-        example_inputs=traced.example_inputs,
+        range_constraints=convention.range_constraints,
+        module_call_graph=convention.module_call_graph,
+        example_inputs=convention.example_inputs,
         constants={},
     )

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 BINS = 2048
+SAMPLES = 1 << 17
+"""Most values of one tensor that go into the histogram; the maximum is taken over all of them."""
 CANDIDATES = 60
 """Clipping thresholds tried by the squared-error search, from the maximum down to a third."""
 
 
 class Observer:
-    """A histogram of |x| over all values shown to it, whose range doubles when exceeded.
+    """A histogram of |x| over the values shown to it, whose range doubles when exceeded.
 
     Doubling merges pairs of bins, so one pass over the data is enough.
     """
@@ -22,11 +26,11 @@ class Observer:
         self.finite = True
 
     def observe(self, value: torch.Tensor) -> None:
-        magnitude = value.detach().float().abs().flatten()
-        if magnitude.numel() == 0:
+        if value.numel() == 0:
             return
-        largest = float(magnitude.max())
-        if largest != largest or largest == float("inf"):
+        low, high = torch.aminmax(value.detach())
+        largest = max(-float(low), float(high))
+        if not math.isfinite(largest):
             self.finite = False
             return
         self.maximum = max(self.maximum, largest)
@@ -38,7 +42,10 @@ class Observer:
             merged = self.counts.reshape(BINS // 2, 2).sum(dim=1)
             self.counts = torch.cat([merged, torch.zeros_like(merged)])
             self.limit *= 2.0
-        histogram = torch.histc(magnitude, bins=BINS, min=0.0, max=self.limit)
+        # An odd stride, so that it never falls in step with a channel axis.
+        stride = max(1, value.numel() // SAMPLES) | 1
+        sample = value.detach().flatten()[::stride].float().abs()
+        histogram = torch.histc(sample, bins=BINS, min=0.0, max=self.limit)
         self.counts += histogram.double().cpu()
 
     def threshold(self, method: str, percentile: float, qmax: int) -> float:
