@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import platform
 import random
@@ -114,8 +115,8 @@ def compile_model(
     """Compile a vision transformer to a sparse, quantized, verified ONNX model and an engine.
 
     Args:
-        model: a module in which the trained weights are loaded, or what the command line takes:
-            a model file, `timm:NAME`, `torchvision:NAME`.
+        model: a module in which the trained weights are loaded (it is copied, and left as it is),
+            or what the command line takes: a model file, `timm:NAME`, `torchvision:NAME`.
         example_inputs: the tensors `forward` takes, batch first; required with a module.
         rules: a shipped name (`int8`), a YAML file, or the same document as a mapping.
         output: folder for the artifacts; nothing is written when None.
@@ -281,7 +282,8 @@ def module_source(
         )
     return ModelSource(
         origin=type(module).__name__,
-        module=module,
+        # The graph shares, prunes and trains the parameters it was traced from.
+        module=copy.deepcopy(module),
         example_inputs=example_inputs,
         train_data=_factory(train_data, "train_data"),
         calibration_data=_factory(calibration_data, "calibration_data"),

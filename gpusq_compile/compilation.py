@@ -77,6 +77,7 @@ class Compilation:
     reference: list[torch.Tensor] = field(default_factory=list)
     facts: set[str] = field(default_factory=set)
     records: list[PassRecord] = field(default_factory=list)
+    frozen: frozenset[str] = frozenset()
     parameter_shapes: dict[str, torch.Size] = field(default_factory=dict)
     tap_weights: list[float] | None = None
     expected: list[Expected] = field(default_factory=list)

@@ -53,7 +53,9 @@ def run_pass(compilation: Compilation, step: Pass) -> None:
     change = None
     if compilation.graph is not None and "onnx" not in compilation.facts | set(step.ensures):
         verify_ir(compilation.graph, step.name)
-        change = numerical_change(compilation) if result.changed else 0.0
+        change = 0.0
+        if result.changed or step.preserves is not None:
+            change = numerical_change(compilation)
         if step.preserves is not None and not change <= step.preserves:
             raise InternalError(
                 "not-preserved",

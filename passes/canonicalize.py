@@ -48,6 +48,7 @@ def run(compilation: Compilation) -> PassResult:
                 result.changed += 1
                 break
     for node in list(graph_module.graph.nodes):
+        pad_numerically(node)
         if node.target is not aten.conv2d.default:
             continue
         result.matched += 1
@@ -111,6 +112,8 @@ def patchify(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> str | N
         return "the weight is shared with another operator"
     weight = tensor_attribute(graph_module, str(weight_node.target))
     out_channels, channels, *kernel = weight.shape
+    if kernel == [1, 1]:
+        return "a 1x1 convolution is a GEMM as it is"
     if tuple(kernel) != stride:
         return f"patches overlap or leave gaps: kernel {tuple(kernel)}, stride {stride}"
     if isinstance(padding, str) or _pair(padding) != (0, 0):
@@ -160,6 +163,27 @@ def patchify(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> str | N
     graph.erase_node(node)
     graph.erase_node(weight_node)
     return None
+
+
+def pad_numerically(node: torch.fx.Node) -> None:
+    """`conv2d(padding="valid" | "same")` -> `conv2d` with the padding as numbers, where it is even.
+
+    An uneven "same" (an even kernel) pads one side more, which numbers cannot say: left as it is.
+    """
+    if node.target is not aten.conv2d.padding:
+        return
+    arguments = [*node.args, *([None, 1, "valid", 1, 1][len(node.args) - 2 :])]
+    weight = arguments[1]
+    assert isinstance(weight, torch.fx.Node)
+    kernel = [int(size) for size in (shape_of(weight) or ())[2:]]
+    dilation = _pair(arguments[5])
+    reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    if arguments[4] == "same" and any(total % 2 for total in reach):
+        return
+    padding = [total // 2 if arguments[4] == "same" else 0 for total in reach]
+    stride = list(_pair(arguments[3]))
+    node.target = aten.conv2d.default
+    node.args = (*arguments[:3], stride, padding, list(dilation), arguments[6])
 
 
 def _pair(value: object) -> tuple[int, int]:

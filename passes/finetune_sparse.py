@@ -53,7 +53,7 @@ def run(compilation: Compilation) -> PassResult:
         assert dense is not None
         names = [tap.name for tap in taps_of(graph_module)]
         if settings.tap_weights == "uniform":
-            compilation.tap_weights = [1.0 / len(names)] * len(names)
+            compilation.tap_weights = [1.0 / len(names) for _ in names]
         else:
             compilation.tap_weights = tap_shares(compilation, dense, graph_module)
         shares = ", ".join(

@@ -86,8 +86,8 @@ def collect(graph_module: torch.fx.GraphModule) -> list[Offer]:
     taken: dict[str, int] = {}
     readers: dict[str, int] = {}
     for node in graph.nodes:
-        if is_weighted(node) and (source := weight_source(node)) is not None:
-            readers[str(source.target)] = readers.get(str(source.target), 0) + 1
+        if node.op == "get_attr":
+            readers[str(node.target)] = readers.get(str(node.target), 0) + len(node.users)
     for node in graph.nodes:
         op = op_of(node)
         if op is None or not (is_weighted(node) or node in roles):
@@ -105,7 +105,11 @@ def collect(graph_module: torch.fx.GraphModule) -> list[Offer]:
                     "its input is a constant, so the layer runs once, when the engine is built"
                 )
             elif readers[weight] > 1:
-                refusal = f"{readers[weight]} operators share the weight {weight}"
+                refusal = f"{readers[weight]} operators read the weight {weight}"
+            elif not isinstance(tensor_attribute(graph_module, weight), torch.nn.Parameter):
+                refusal = f"the weight {weight} is a buffer, not a parameter"
+            elif node.target is torch.ops.aten.conv2d.padding:
+                refusal = f"padding {node.args[4]!r} is uneven: give it as numbers"
             elif op == "conv2d" and _groups(node) != 1:
                 refusal = f"grouped convolution ({_groups(node)} groups)"
         candidate = Candidate(

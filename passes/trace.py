@@ -7,6 +7,7 @@ whose parameters keep the user's names. Guarantees `graph`.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.data import batches
 from gpusq_compile.errors import InputError
-from gpusq_compile.graph.query import source_line
+from gpusq_compile.graph.query import output_nodes, source_line
 from gpusq_compile.lowering.lift import convention_of
 from gpusq_compile.model_source import user_error
 from gpusq_compile.pass_base import Pass, PassResult
@@ -27,28 +28,28 @@ MIN_BATCH = 2
 
 
 def run(compilation: Compilation) -> PassResult:
-    source = compilation.source
-    module = compilation.network.original
-    for parameter in compilation.network.root.parameters():
-        parameter.requires_grad_(False)
-    compilation.network.root.eval().to(compilation.device)
+    source, network = compilation.source, compilation.network
+    module = network.original
+    check_float32(network.root)
+    compilation.frozen = frozen_parameters(module)
+    network.root.requires_grad_(False).eval().to(compilation.device)
     inputs = tuple(
         value.to(compilation.device) if isinstance(value, torch.Tensor) else value
         for value in probe_inputs(compilation)
     )
     try:
-        args, kwargs = compilation.network.scoped_inputs(inputs)
-        args, kwargs = tree_map(at_least_two, (args, kwargs))
+        args, kwargs = network.scoped_inputs(inputs)
         with torch.no_grad():
-            outputs = module(*args, **kwargs)
+            outputs, again = module(*args, **kwargs), module(*args, **kwargs)
     except InputError:
         raise
     except Exception as error:
         raise user_error(error, source.file, "forward()", "forward-failed") from error
     compilation.probe = (args, kwargs)
-    compilation.reference = [leaf for leaf in tree_leaves(outputs) if torch.is_tensor(leaf)]
+    compilation.reference = check_outputs(outputs, again)
     program = export(compilation, module, args, kwargs)
-    compilation.convention = convention_of(program)
+    check_program(program)
+    compilation.convention = convention_of(program, outputs)
     compilation.graph = unlift(program)
     compilation.parameter_shapes = {
         name: parameter.shape for name, parameter in module.named_parameters()
@@ -63,24 +64,80 @@ def run(compilation: Compilation) -> PassResult:
     return result
 
 
+def check_float32(module: torch.nn.Module) -> None:
+    """Raise InputError for a parameter of another float type: types are decided by the rules."""
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            raise InputError(
+                "model-not-float32",
+                f"{name} is {parameter.dtype}; the compiler starts from float32",
+                hint="return model.float(); the rules' target.precision says what it becomes",
+            )
+
+
+def frozen_parameters(module: torch.nn.Module) -> frozenset[str]:
+    """The parameters that the user froze; none where all are, as in a model made for inference."""
+    names = [name for name, value in module.named_parameters() if not value.requires_grad]
+    return frozenset(names) if len(names) < len(list(module.parameters())) else frozenset()
+
+
+def check_outputs(outputs: Any, again: Any) -> list[torch.Tensor]:
+    """The tensors of a model's outputs, which must be finite and the same for the same inputs.
+
+    Raises:
+        InputError: they are not, so that no later number would mean anything.
+    """
+    tensors = [leaf for leaf in tree_leaves(outputs) if torch.is_tensor(leaf)]
+    repeated = [leaf for leaf in tree_leaves(again) if torch.is_tensor(leaf)]
+    for index, (first, second) in enumerate(zip(tensors, repeated, strict=True)):
+        if first.is_floating_point() and not bool(first.isfinite().all()):
+            raise InputError(
+                "outputs-not-finite", f"output {index} of the model is NaN or infinite"
+            )
+        if not torch.allclose(first, second, rtol=1e-3, atol=1e-5):
+            raise InputError(
+                "not-deterministic",
+                f"two runs on the same inputs differ at output {index}",
+                hint="dropout and noise must follow self.training, which is off here",
+            )
+    return tensors
+
+
 def probe_inputs(compilation: Compilation) -> tuple[Any, ...]:
     """Two real inputs where there is data, for every numerical check; else the example's."""
     source = compilation.source
-    factory = source.calibration_data or source.eval_data or source.train_data
-    if factory is None:
+    if source.dynamic_shapes is not None:
         return source.example_inputs
-    first = next(batches(factory, "calibration_data", compilation.device, limit=1))
-    return tuple(
-        value[:MIN_BATCH] if isinstance(value, torch.Tensor) and value.ndim else value
-        for value in first.inputs
-    )
+    for name in ("calibration_data", "eval_data", "train_data"):
+        factory = getattr(source, name)
+        if factory is not None:
+            first = next(batches(factory, name, compilation.device, limit=1))
+            return two_samples(first.inputs)
+    return two_samples(source.example_inputs)
 
 
-def at_least_two(value: Any) -> Any:
-    """Repeat a batch of one to two; anything else as it is."""
-    if isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == 1:
-        return torch.cat([value] * MIN_BATCH)
-    return value
+def two_samples(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The batch cut, or repeated, to two samples; inputs without the batch dimension as they are.
+
+    Raises:
+        InputError: with a batch of one, several inputs may or may not have the batch dimension.
+    """
+    tensors = [value for value in inputs if isinstance(value, torch.Tensor) and value.ndim]
+    batch = tensors[0].shape[0]
+    batched = [value for value in tensors if value.shape[0] == batch]
+    if batch == 1 and len(batched) > 1:
+        raise InputError(
+            "ambiguous-batch",
+            f"{len(batched)} inputs have a first dimension of 1: which of them is the batch?",
+            hint="give a batch of two or more, or define dynamic_shapes()",
+        )
+
+    def two(value: Any) -> Any:
+        if not any(value is tensor for tensor in batched):
+            return value
+        return value[:MIN_BATCH] if batch > 1 else torch.cat([value] * MIN_BATCH)
+
+    return tuple(two(value) for value in inputs)
 
 
 def export(
@@ -89,15 +146,7 @@ def export(
     """`torch.export` with dimension 0 of every batched tensor dynamic."""
     shapes = compilation.source.dynamic_shapes
     if shapes is None:
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)]
-        batch = next(tensor.shape[0] for tensor in tensors if tensor.ndim)
-        dimension = torch.export.Dim("batch")
-
-        def dynamic(value: Any) -> Any:
-            batched = torch.is_tensor(value) and value.ndim and value.shape[0] == batch
-            return {0: dimension} if batched else None
-
-        shapes = (*tree_map(dynamic, args), *tree_map(dynamic, kwargs).values())
+        shapes = batch_dynamic(module, args, kwargs)
     try:
         program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
         # Passes move nodes, which is legal only where no operator writes to its input. An empty
@@ -105,6 +154,47 @@ def export(
         return program.run_decompositions({}) if mutates(program) else program
     except Exception as error:
         raise _export_error(compilation, error) from error
+
+
+def batch_dynamic(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Dynamic shapes by parameter name: dimension 0 of every tensor as long as the first one."""
+    leaves = tree_leaves((args, kwargs))
+    tensors = [leaf for leaf in leaves if torch.is_tensor(leaf) and leaf.ndim]
+    if not tensors:
+        raise InputError("scope-without-inputs", "the compiled module is called without a tensor")
+    batch = tensors[0].shape[0]
+    dimension = torch.export.Dim("batch")
+
+    def dynamic(value: Any) -> Any:
+        batched = torch.is_tensor(value) and value.ndim and value.shape[0] == batch
+        return {0: dimension} if batched else None
+
+    called = inspect.signature(module.forward).bind(*args, **kwargs)
+    shapes: dict[str, Any] = tree_map(dynamic, dict(called.arguments))
+    return shapes
+
+
+def check_program(program: torch.export.ExportedProgram) -> None:
+    """Raise InputError for what no ONNX graph of this compiler can say."""
+    written = program.graph_signature.buffers_to_mutate
+    if written:
+        names = ", ".join(sorted(written.values()))
+        raise InputError(
+            "buffer-written",
+            f"forward() writes to its buffers: {names}",
+            hint="compute them outside of forward(), or compile a submodule with --scope",
+        )
+    results = output_nodes(program.graph)
+    returned = next(node for node in reversed(program.graph.nodes) if node.op == "output")
+    leaves = [leaf for leaf in tree_leaves(returned.args) if isinstance(leaf, torch.fx.Node)]
+    if len(leaves) != len(results) or any(node.op == "placeholder" for node in results):
+        raise InputError(
+            "outputs-alias",
+            "forward() returns one tensor twice, or one of its inputs as it is",
+            hint="return each result once, or compile a submodule with --scope",
+        )
 
 
 def mutates(program: torch.export.ExportedProgram) -> bool:

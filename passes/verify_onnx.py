@@ -59,7 +59,7 @@ def run(compilation: Compilation) -> PassResult:
         )
     )
     assert compilation.convention is not None
-    stand_in = SessionModule(session, compilation.convention.out_spec)
+    stand_in = SessionModule(session, compilation.convention, compilation.device)
     measure_top1(compilation, "onnx", stand_in)
     return result
 

@@ -25,6 +25,7 @@ from gpusq_compile.finetune.losses import (
 from gpusq_compile.finetune.taps import features_of, listen, taps_of
 from gpusq_compile.language.schema import Phase, QuantizePhase
 from gpusq_compile.model_source import DataFactory
+from gpusq_compile.plan import Treatment, planned
 from gpusq_compile.quantization.fake_quantize import FakeQuantize
 
 SMOOTHING = 0.95
@@ -80,7 +81,7 @@ def train(
     student = compilation.ir
     factory = training_data(compilation, name)
     total_steps = planned_steps(compilation, phase, factory)
-    trainable_all(student)
+    unfreeze(student, compilation.frozen)
     optimizer = make_optimizer(student, phase)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(phase, step, total_steps)
@@ -225,9 +226,11 @@ def endless(compilation: Compilation, factory: DataFactory, steps: int) -> Itera
             done += 1
 
 
-def trainable_all(student: torch.fx.GraphModule) -> None:
-    for parameter in student.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
+def unfreeze(student: torch.fx.GraphModule, frozen: frozenset[str]) -> None:
+    """Train every parameter but those the user froze; a compressed weight trains in any case."""
+    compressed = {plan.weight for _, plan in planned(student.graph) if plan.applied != Treatment()}
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(name not in frozen or name in compressed)
 
 
 def trained_parameters(student: torch.fx.GraphModule) -> list[torch.nn.Parameter]:

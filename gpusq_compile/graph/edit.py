@@ -43,6 +43,8 @@ def insert_module_call(
     keep shape and dtype (masks, fake-quantizers, taps do). Users of `value` are not rewired: the
     caller decides which of them see the new node.
     """
+    while has_submodule(graph_module, path):
+        path += "_"  # Different layers may have one safe name: a.b_c and a_b.c.
     if not graph_module.add_submodule(path, module):
         raise ValueError(f"cannot add a submodule at {path}")
     graph = graph_module.graph
@@ -51,6 +53,14 @@ def insert_module_call(
     node.meta["val"] = value.meta.get("val")
     copy_provenance(value, node)
     return node
+
+
+def has_submodule(graph_module: torch.fx.GraphModule, path: str) -> bool:
+    try:
+        graph_module.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
 
 
 def insert_behind(

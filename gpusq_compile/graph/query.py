@@ -13,6 +13,7 @@ aten = torch.ops.aten
 OPS: dict[object, str] = {
     aten.linear.default: "linear",
     aten.conv2d.default: "conv2d",
+    aten.conv2d.padding: "conv2d",
     aten.layer_norm.default: "layer_norm",
     aten.add.Tensor: "add",
 }

@@ -77,7 +77,10 @@ def find_roles(graph: torch.fx.Graph) -> Roles:
     attentions = attention_products(graph)
     residuals = residual_adds(graph, dependent)
     classifiers = _classifiers(graph, dependent, set(residuals))
-    add("patch_embed", [n for n in _patch_embeddings(graph, dependent) if n not in classifiers])
+    first = _patch_embeddings(graph, dependent)
+    # Without a patch embedding (a bare encoder, a scope of one block) a QKV layer comes first.
+    embeds = [n for n in first if _linear_role(n, attentions, residuals) != "attention_qkv"]
+    add("patch_embed", [n for n in embeds if n not in classifiers])
     for node in graph.nodes:
         unknown = op_of(node) == "linear" and node in dependent and node not in found
         if not unknown or node in classifiers:

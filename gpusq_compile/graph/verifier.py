@@ -79,7 +79,14 @@ def quantized_weights_are_masked_first(graph_module: torch.fx.GraphModule) -> li
     return broken
 
 
+def every_insertion_has_its_own_module(graph_module: torch.fx.GraphModule) -> list[str]:
+    """Two layers that shared a mask or a scale would silently share what was computed for one."""
+    targets = [str(n.target) for n in graph_module.graph.nodes if n.op == "call_module"]
+    return [f"{t} is called twice" for t in sorted(set(targets)) if targets.count(t) > 1]
+
+
 LAWS: tuple[Law, ...] = (
+    every_insertion_has_its_own_module,
     every_value_has_a_shape,
     only_known_modules_are_called,
     plans_name_their_weight,

@@ -31,16 +31,21 @@ class CallConvention:
     """How the traced program is called: what a rewritten graph of it must keep.
 
     Kept in place of the program itself, which would hold every dense weight until the end.
+    `out_leaves` holds None for each output tensor, and `(value,)` for each output that is none.
     """
 
     range_constraints: dict[Any, Any]
     module_call_graph: list[Any]
     example_inputs: Any
     out_spec: Any
+    out_leaves: tuple[Any, ...]
 
 
-def convention_of(program: torch.export.ExportedProgram) -> CallConvention:
+def convention_of(program: torch.export.ExportedProgram, outputs: Any) -> CallConvention:
+    """The convention of `program`; `outputs` are the eager module's, for what is no tensor."""
+    leaves = (None if torch.is_tensor(leaf) else (leaf,) for leaf in tree_leaves(outputs))
     return CallConvention(
+        out_leaves=tuple(leaves),
         range_constraints=program.range_constraints,
         module_call_graph=program.module_call_graph,
         example_inputs=program.example_inputs,
@@ -90,7 +95,7 @@ def lift(
             specs.append(InputSpec(role, TensorArgument(placeholder.name), path, persistent))
         values[node] = lifted[path]
     for node in graph_module.graph.nodes:
-        if node.op == "placeholder":
+        if node.op == "placeholder" and isinstance(node.meta["val"], torch.Tensor):
             values[node] = graph.node_copy(node)
             argument = TensorArgument(values[node].name)
             specs.append(InputSpec(InputKind.USER_INPUT, argument, None))
@@ -100,7 +105,7 @@ def lift(
         if node.op != "output":
             values[node] = graph.node_copy(node, lambda argument: values[argument])
     output = next(node for node in reversed(graph_module.graph.nodes) if node.op == "output")
-    results = [values[leaf] for leaf in tree_leaves(output.args[0]) if leaf is not None]
+    results = [values[leaf] for leaf in tree_leaves(output.args[0]) if leaf in values]
     graph.output(tuple(results))
     outputs = [
         OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(result.name), None) for result in results

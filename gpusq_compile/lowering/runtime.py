@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from gpusq_compile.language.schema import Verify
+from gpusq_compile.lowering.lift import CallConvention
 from gpusq_compile.numerics import cosine_per_sample, largest_difference, per_sample, spread
 
 TIE = 0.25
@@ -123,13 +124,24 @@ def compare(expected: list[Expected], session: onnxruntime.InferenceSession) -> 
 class SessionModule(nn.Module):
     """The runtime in the place of the compiled module, for the user's model around it.
 
-    `out_spec` is the pytree of the module's outputs, as `torch.export` recorded it.
+    It returns what the module returned: tensors from the runtime, anything else as recorded.
     """
 
-    def __init__(self, session: onnxruntime.InferenceSession, out_spec: Any) -> None:
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        convention: CallConvention,
+        device: torch.device,
+    ) -> None:
         super().__init__()
         self.session = session
-        self.out_spec = out_spec
+        self.convention = convention
+        self.device = device
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return tree_unflatten(run_session(self.session, _tensors((args, kwargs))), self.out_spec)
+        results = iter(run_session(self.session, _tensors((args, kwargs))))
+        leaves = [
+            next(results).to(self.device) if constant is None else constant[0]
+            for constant in self.convention.out_leaves
+        ]
+        return tree_unflatten(leaves, self.convention.out_spec)

@@ -42,8 +42,10 @@ class Observer:
             merged = self.counts.reshape(BINS // 2, 2).sum(dim=1)
             self.counts = torch.cat([merged, torch.zeros_like(merged)])
             self.limit *= 2.0
-        # An odd stride, so that it never falls in step with a channel axis.
-        stride = max(1, value.numel() // SAMPLES) | 1
+        # A stride that shares no factor with any axis visits every channel alike.
+        stride = max(1, value.numel() // SAMPLES)
+        while math.gcd(stride, value.numel()) > 1:
+            stride += 1
         sample = value.detach().flatten()[::stride].float().abs()
         histogram = torch.histc(sample, bins=BINS, min=0.0, max=self.limit)
         self.counts += histogram.double().cpu()
