@@ -34,10 +34,11 @@ from gpusq_compile.language.schema import Compute
 from gpusq_compile.model_source import DataFactory, ModelSource, check_source, load_source
 from gpusq_compile.network import Network
 from gpusq_compile.output import REPORT, REPRO, publish, staging, write_json
-from gpusq_compile.passes import PIPELINE, fold, mark
+from gpusq_compile.passes import PIPELINE, mark
 from gpusq_compile.passes.verify_onnx import MODEL_FILE
 from gpusq_compile.plan import planned
 from gpusq_compile.quantization.fake_quantize import broadcastable
+from gpusq_compile.quantization.operators import DEQUANTIZE
 from gpusq_compile.report.document import make_report
 
 SCRIPT = "build_engine.sh"
@@ -72,6 +73,11 @@ class CompileResult:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Float32 weights under the user's own names and shapes, pruned and rounded as deployed."""
+        scales = {
+            str(node.args[0].target): str(node.args[1].target)
+            for node in self.graph.graph.nodes
+            if node.target is DEQUANTIZE and node.args[0].op == "get_attr"
+        }
         state = {}
         for name, shape in self.parameter_shapes.items():
             try:
@@ -79,7 +85,7 @@ class CompileResult:
             except AttributeError:
                 continue  # The graph does not read this parameter.
             if value.dtype == torch.int8:
-                scale = tensor_attribute(self.graph, name + fold.SCALE_SUFFIX)
+                scale = tensor_attribute(self.graph, scales[name])
                 value = value.float() * broadcastable(scale, value)
             state[name] = value.reshape(shape)
         return state
@@ -185,8 +191,8 @@ def compile_model(
             console.info(f"compiling {source.origin}")
         error: GpusqError | None = None
         try:
-            with disk_full_named(output):
-                run_passes(compilation, passes)
+            with disk_full_named(output), exact_arithmetic():
+                run_passes(compilation, passes, measure=not dry_run)
             check_gates(compilation, gates or Gates())
         except CheckFailed as failed:
             error = failed
@@ -389,6 +395,13 @@ def seed_everything(seed: int) -> None:
 
 
 @contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """Convolutions in full float32 on a GPU: numerical checks compare them with linears."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
+@contextmanager
 def disk_full_named(output: Path | None) -> Iterator[None]:
     """Turn a full disk into an InputError that says where and what to do."""
     try:
@@ -435,6 +448,20 @@ def _internal(
     if output is None:
         return InternalError(code, message)
     folder = output / REPRO
+    try:
+        _write_repro(compilation, crash, folder, done, command)
+    except OSError as error:
+        return InternalError(code, message, hint=f"no report was kept: {error}")
+    return InternalError(code, message, hint=f"please report it with the folder {folder}")
+
+
+def _write_repro(
+    compilation: Compilation,
+    crash: Exception,
+    folder: Path,
+    done: list[str],
+    command: Sequence[str],
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(
         folder / "about.json",
@@ -448,4 +475,3 @@ def _internal(
     (folder / "traceback.txt").write_text("".join(traceback.format_exception(crash)))
     if compilation.graph is not None:
         (folder / "graph.txt").write_text(graph_text(compilation.graph))
-    return InternalError(code, message, hint=f"please report it with the folder {folder}")

@@ -25,8 +25,8 @@ MEASURED_AFTER = {
 """The passes after which top-1 is measured, and the name it has in the report."""
 
 
-def run_passes(compilation: Compilation, passes: Sequence[Pass]) -> None:
-    """Run `passes` in order and record each.
+def run_passes(compilation: Compilation, passes: Sequence[Pass], *, measure: bool = True) -> None:
+    """Run `passes` in order and record each; with `measure`, top-1 along the way.
 
     Raises:
         InternalError: a requirement is missing, a law of the IR is broken, or a pass that claims
@@ -40,6 +40,8 @@ def run_passes(compilation: Compilation, passes: Sequence[Pass]) -> None:
                 "pass-order", f"pass '{step.name}' requires {', '.join(missing)}, not yet ensured"
             )
         run_pass(compilation, step)
+        if measure and step.name in MEASURED_AFTER:
+            measure_top1(compilation, MEASURED_AFTER[step.name], compilation.ir)
         compilation.facts -= set(step.removes)
         compilation.facts |= set(step.ensures)
 
@@ -73,8 +75,6 @@ def run_pass(compilation: Compilation, step: Pass) -> None:
     for remark in result.remarks:
         console.detail(f"  {remark.kind}: {remark.layer or '-'}: {remark.reason}")
     dump(compilation, step, before)
-    if step.name in MEASURED_AFTER:
-        measure_top1(compilation, MEASURED_AFTER[step.name], compilation.ir)
 
 
 def numerical_change(compilation: Compilation) -> float:

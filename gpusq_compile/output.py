@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from gpusq_compile.errors import InputError
 
 MANIFEST = "manifest.json"
 REPRO = "repro"
+FOLDERS = ("engine", "dumps", REPRO)
 REPORT = "report.json"
 STAGING_PREFIX = ".gpusq-staging-"
 
@@ -34,6 +36,11 @@ def staging(output: Path | None) -> Iterator[Path]:
     if output.exists() and not output.is_dir():
         raise InputError(
             "output-is-a-file", f"{output} is a file", hint="-o takes a folder, made when missing"
+        )
+    blocked = [name for name in FOLDERS if output.is_dir() and (output / name).is_file()]
+    if blocked:
+        raise InputError(
+            "output-in-the-way", f"{output / blocked[0]} is a file where a folder must go"
         )
     missing = [folder for folder in (output, *output.parents) if not folder.exists()]
     try:
@@ -65,29 +72,38 @@ def _remove_empty(folders: list[Path]) -> None:
 def publish(stage: Path, output: Path, about: dict[str, Any]) -> list[Path]:
     """Move every staged file into `output`, the manifest last.
 
-    Files that an earlier run listed in its manifest and this one did not write are removed, so
-    that the folder never mixes two runs; so is the `repro/` of a crash. `about` is what the
-    manifest says beside its files.
+    Everything that can fail for want of space is done before the first rename, and signals wait
+    until the last one: the folder holds one run or the other. Files that an earlier run listed in
+    its manifest and this one did not write are removed, and so is the `repro/` of a crash. `about`
+    is what the manifest says beside its files.
     """
     staged = sorted(path for path in stage.rglob("*") if path.is_file())
     names = [str(path.relative_to(stage)) for path in staged]
-    for stale in sorted(set(_listed(output)) - set(names)):
-        target = output / stale
-        target.unlink(missing_ok=True)
-        if target.parent != output:
-            _remove_empty([target.parent])
-    (output / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(output / REPRO, ignore_errors=True)
     manifest = {**about, "files": {n: digest(p) for n, p in zip(names, staged, strict=True)}}
-    published = []
-    for name, path in zip(names, staged, strict=True):
-        target = output / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, target)
-        published.append(target)
     write_json(stage / MANIFEST, manifest)
-    os.replace(stage / MANIFEST, output / MANIFEST)
-    return published
+    stale = sorted(set(_listed(output)) - set(names))
+    for name in names:
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+    with signals_held():
+        for name in (*names, MANIFEST):
+            os.replace(stage / name, output / name)
+        for name in stale:
+            (output / name).unlink(missing_ok=True)
+            if (output / name).parent != output:
+                _remove_empty([(output / name).parent])
+        shutil.rmtree(output / REPRO, ignore_errors=True)
+    return [output / name for name in names]
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Let Ctrl-C and its like wait until the block is done."""
+    held = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _listed(output: Path) -> list[str]:

@@ -85,5 +85,13 @@ def planned(graph: torch.fx.Graph) -> Iterator[tuple[torch.fx.Node, LayerPlan]]:
             yield node, plan
 
 
+def unaccounted(plan: LayerPlan) -> list[str]:
+    """What was requested and neither applied nor refused with a reason."""
+    if plan.reasons:
+        return []
+    requested, applied = plan.requested.as_dict(), plan.applied.as_dict()
+    return [name for name, value in requested.items() if value and applied[name] != value]
+
+
 def update_plan(node: torch.fx.Node, plan: LayerPlan) -> None:
     node.meta[PLAN] = plan

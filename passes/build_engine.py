@@ -43,6 +43,9 @@ def run(compilation: Compilation) -> PassResult:
             if gemm.status == "missed":
                 text = f"{target}: {gemm.actual} instead of {gemm.expected}: {gemm.reason}"
                 result.remarks.append(missed("engine-type", text, gemm.name))
+            elif gemm.status == "unknown":
+                text = f"{target}: the builder's log does not tell its type: {gemm.reason}"
+                result.remarks.append(missed("engine-type-unknown", text, gemm.name))
     if not report.targets:
         result.skipped = len(gemms)
     return result

@@ -14,23 +14,23 @@ import torch.fx
 
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.data import batches
+from gpusq_compile.errors import InternalError
 from gpusq_compile.finetune.taps import Tap
 from gpusq_compile.graph.edit import (
     NAMESPACE,
     finish,
+    has_submodule,
     insert_call,
     insert_get_attr,
-    inserted_path,
     set_tensor,
 )
 from gpusq_compile.lowering.runtime import Expected, record
 from gpusq_compile.pass_base import Pass, PassResult
-from gpusq_compile.plan import LayerPlan, planned
+from gpusq_compile.plan import LayerPlan, planned, unaccounted
 from gpusq_compile.quantization.fake_quantize import FakeQuantize, quantize_values
 from gpusq_compile.quantization.operators import DEQUANTIZE, QUANTIZE
 from gpusq_compile.sparsity import Mask
 
-SCALE_SUFFIX = "_scale"
 EXPECTED_BATCHES = 2
 """Batches whose outputs the final file must reproduce."""
 
@@ -38,6 +38,9 @@ EXPECTED_BATCHES = 2
 def run(compilation: Compilation) -> PassResult:
     graph_module = compilation.ir
     result = PassResult()
+    for _, plan in planned(graph_module.graph):
+        if left := unaccounted(plan):
+            raise InternalError("unaccounted", f"{plan.name}: nobody applied {', '.join(left)}")
     compilation.expected = record_expected(compilation)
     with torch.no_grad():
         for node, plan in list(planned(graph_module.graph)):
@@ -83,7 +86,7 @@ def fold_weight(graph_module: torch.fx.GraphModule, node: torch.fx.Node, plan: L
     source = chain[-1]
     assert isinstance(source, torch.fx.Node)
     values = graph_module.get_parameter(plan.weight).detach()
-    quantizer = None
+    quantizer, path = None, ""
     for link in reversed(chain[:-1]):
         assert isinstance(link, torch.fx.Node)
         module = graph_module.get_submodule(str(link.target))
@@ -91,7 +94,7 @@ def fold_weight(graph_module: torch.fx.GraphModule, node: torch.fx.Node, plan: L
             values = values * module.mask
         else:
             assert isinstance(module, FakeQuantize)
-            quantizer = module
+            quantizer, path = module, scale_path(link)
     graph = graph_module.graph
     if quantizer is None:
         set_tensor(graph_module, plan.weight, values, trainable=True)
@@ -100,10 +103,10 @@ def fold_weight(graph_module: torch.fx.GraphModule, node: torch.fx.Node, plan: L
         scale = quantizer.exported_scale().detach()
         levels = quantize_values(values, scale, quantizer.grid)
         set_tensor(graph_module, plan.weight, levels, trainable=False)
-        set_tensor(graph_module, plan.weight + SCALE_SUFFIX, scale, trainable=False)
+        add_scale(graph_module, path, scale)
         with graph.inserting_before(node):
             stored = insert_get_attr(graph_module, plan.weight, provenance=source)
-            scales = insert_get_attr(graph_module, plan.weight + SCALE_SUFFIX, provenance=source)
+            scales = insert_get_attr(graph_module, path, provenance=source)
             replacement = insert_call(graph, DEQUANTIZE, (stored, scales), provenance=node)
     head = chain[0]
     assert isinstance(head, torch.fx.Node)
@@ -115,12 +118,8 @@ def fold_activation(
 ) -> None:
     """fake-quantize   becomes   quantize -> dequantize."""
     graph = graph_module.graph
-    kind, _, layer = str(node.target).removeprefix(NAMESPACE + ".").partition(".")
-    path = inserted_path(f"{kind}{SCALE_SUFFIX}", layer)
-    owner, _, leaf = path.rpartition(".")
-    if not _has_submodule(graph_module, owner):
-        graph_module.add_submodule(owner, torch.nn.Module())
-    graph_module.get_submodule(owner).register_buffer(leaf, module.exported_scale().detach())
+    path = scale_path(node)
+    add_scale(graph_module, path, module.exported_scale().detach())
     source = node.args[0]
     with graph.inserting_before(node):
         scale = insert_get_attr(graph_module, path, provenance=node)
@@ -130,12 +129,18 @@ def fold_activation(
     graph.erase_node(node)
 
 
-def _has_submodule(graph_module: torch.fx.GraphModule, path: str) -> bool:
-    try:
-        graph_module.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
+def scale_path(quantizer: torch.fx.Node) -> str:
+    """Where the folded graph keeps a fake-quantizer's scale: `gpusq.weight_scale.LAYER`, ..."""
+    kind, _, layer = str(quantizer.target).removeprefix(NAMESPACE + ".").partition(".")
+    return f"{NAMESPACE}.{kind}_scale.{layer}"
+
+
+def add_scale(graph_module: torch.fx.GraphModule, path: str, scale: torch.Tensor) -> None:
+    """Store a scale apart from the user's own parameters."""
+    owner, _, leaf = path.rpartition(".")
+    if not has_submodule(graph_module, owner):
+        graph_module.add_submodule(owner, torch.nn.Module())
+    graph_module.get_submodule(owner).register_buffer(leaf, scale)
 
 
 PASS = Pass(

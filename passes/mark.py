@@ -1,8 +1,8 @@
 """mark: decide by the rules what happens to each operator, and write it into the graph.
 
-Needs `graph` and `canonical`. Finds roles, offers every weighted operator and every node with a
-role to the rules, and checks whether the shapes allow what they ask. Changes no operator: it
-writes a `LayerPlan` on weighted operators and a `TapPlan` on nodes to distill at.
+Needs `graph` and `canonical`. Finds roles, offers every linear, convolution, normalization and
+residual add to the rules, and checks whether the shapes allow what they ask. Changes no operator:
+it writes a `LayerPlan` on weighted operators and a `TapPlan` on nodes to distill at.
 Guarantees `marked`: every later pass reads plans and never the rules.
 """
 
@@ -23,7 +23,7 @@ from gpusq_compile.graph.query import (
     tensor_attribute,
     weight_source,
 )
-from gpusq_compile.graph.roles import find_roles
+from gpusq_compile.graph.roles import find_roles, residual_adds
 from gpusq_compile.language.matching import Candidate, Decision, decide
 from gpusq_compile.language.schema import Distill
 from gpusq_compile.pass_base import Pass, PassResult
@@ -67,6 +67,10 @@ def run(compilation: Compilation) -> PassResult:
         result.skipped += not wanted
         for reason in plan.reasons:
             result.remarks.append(missed("refused", reason, plan.name))
+    if not result.changed:
+        text = "the rules change no layer of this model"
+        compilation.console.warn(text)
+        result.remarks.append(missed("nothing-marked", text))
     for offer, decision, distill in thin_out(tapped):
         role = offer.roles[0] if offer.roles else offer.candidate.op
         rules = tuple(str(hit) for hit in decision.chain)
@@ -82,6 +86,7 @@ def collect(graph_module: torch.fx.GraphModule) -> list[Offer]:
     graph = graph_module.graph
     roles = find_roles(graph)
     dependent = input_dependent(graph)
+    residuals = set(residual_adds(graph, dependent))
     offers: list[Offer] = []
     taken: dict[str, int] = {}
     readers: dict[str, int] = {}
@@ -90,8 +95,8 @@ def collect(graph_module: torch.fx.GraphModule) -> list[Offer]:
             readers[str(node.target)] = readers.get(str(node.target), 0) + len(node.users)
     for node in graph.nodes:
         op = op_of(node)
-        if op is None or not (is_weighted(node) or node in roles):
-            continue
+        if op is None or (op == "add" and node not in residuals):
+            continue  # Other adds are biases, position embeddings and the like.
         source = weight_source(node) if is_weighted(node) else None
         weight = str(source.target) if source is not None else None
         name = _unique(layer_name(node, weight), taken)

@@ -26,6 +26,7 @@ from gpusq_compile.quantization.fake_quantize import (
     MIN_SCALE,
     WEIGHT_RANGES,
     FakeQuantize,
+    IntegerRange,
 )
 from gpusq_compile.remarks import analysis, missed, passed
 
@@ -53,12 +54,15 @@ def run(compilation: Compilation) -> PassResult:
             source = node.args[0]
             assert isinstance(source, torch.fx.Node)
             key = (source, quantize.activation)
-            if key not in shared:
+            if is_quantizer(graph_module, source, ACTIVATION_RANGES[quantize.activation]):
+                shared[key] = source  # The output of the layer before is on this grid already.
+            elif key not in shared:
                 path = inserted_path("activation", plan.name)
                 module = _activation_quantizer(quantize.activation, scale_dtype)
                 shared[key] = insert_module_call(graph_module, path, module, source)
                 activations[plan.name] = module
-            node.replace_input_with(source, shared[key])
+            if shared[key] is not source:
+                node.replace_input_with(source, shared[key])
             plan = plan.apply(activation=quantize.activation)
         if quantize.output != "none":
             path = inserted_path("output", plan.name)
@@ -77,6 +81,16 @@ def run(compilation: Compilation) -> PassResult:
         if plan.applied.weight is not None:
             set_weight_scale(graph_module, node, plan, calibration.weight)
     return result
+
+
+def is_quantizer(
+    graph_module: torch.fx.GraphModule, node: torch.fx.Node, grid: IntegerRange
+) -> bool:
+    """Whether a node is a fake-quantizer on the same grid."""
+    if node.op != "call_module":
+        return False
+    module = graph_module.get_submodule(str(node.target))
+    return isinstance(module, FakeQuantize) and module.grid == grid
 
 
 def insert_weight_quantizer(

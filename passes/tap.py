@@ -11,7 +11,7 @@ from gpusq_compile.finetune.taps import Tap
 from gpusq_compile.graph.edit import finish, insert_behind, inserted_path
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.plan import TAP_PLAN, TapPlan
-from gpusq_compile.remarks import missed, passed
+from gpusq_compile.remarks import analysis, missed, passed
 
 
 def run(compilation: Compilation) -> PassResult:
@@ -29,7 +29,9 @@ def run(compilation: Compilation) -> PassResult:
             passed("tapped", f"{plan.role}, theta {plan.distill.theta}", plan.name)
         )
     if result.matched == 0:
-        result.remarks.append(missed("no-taps", "no rule names a layer to distill at"))
+        # Without a fine-tune nobody misses them.
+        note = missed if compilation.options.finetune else analysis
+        result.remarks.append(note("no-taps", "no rule names a layer to distill at"))
     finish(graph_module)
     return result
 

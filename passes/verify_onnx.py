@@ -11,15 +11,18 @@ Raises CheckFailed with the layer or the limit that fell short.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 
 import onnx
+import torch
 
 from gpusq_compile.accuracy import measure_top1
 from gpusq_compile.compilation import Compilation
-from gpusq_compile.errors import CheckFailed
+from gpusq_compile.data import logits_of
+from gpusq_compile.errors import CheckFailed, InputError
 from gpusq_compile.lowering.check import check_layers
-from gpusq_compile.lowering.runtime import SessionModule, compare, open_session
+from gpusq_compile.lowering.runtime import SessionModule, compare, open_session, structured
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.plan import Treatment, planned
 from gpusq_compile.remarks import analysis, passed
@@ -38,11 +41,11 @@ def run(compilation: Compilation) -> PassResult:
     result = PassResult(matched=len(stored), changed=0)
     broken = [f"{layer.name}: {fault}" for layer in stored for fault in layer.faults]
     session = open_session(path)
-    numerics = compare(compilation.expected, session)
+    numerics = compare(compilation.expected, session, logits_finder(compilation))
     limits = compilation.rules.verify
     compilation.verify = {
         "structure": {"layers": len(stored), "faults": broken},
-        "numerics": asdict(numerics),
+        "numerics": {**asdict(numerics), "top1_agreement": numerics.top1_agreement},
         "limits": limits.model_dump(mode="json"),
     }
     faults = broken + numerics.shortfalls(limits)
@@ -54,14 +57,32 @@ def run(compilation: Compilation) -> PassResult:
     result.remarks.append(
         analysis(
             "numerics",
-            f"{numerics.samples} samples: cosine >= {numerics.min_cosine:.6f}, top-1 agreement "
-            f"{numerics.top1_agreement:.1%}, largest difference {numerics.max_difference:.4f} std",
+            f"{numerics.samples} samples: cosine >= {numerics.min_cosine:.6f}, "
+            f"{numerics.disagreements} top-1 disagreements, "
+            f"largest difference {numerics.max_difference:.4f} std",
         )
     )
     assert compilation.convention is not None
     stand_in = SessionModule(session, compilation.convention, compilation.device)
     measure_top1(compilation, "onnx", stand_in)
     return result
+
+
+def logits_finder(compilation: Compilation) -> Callable[[list[torch.Tensor]], torch.Tensor] | None:
+    """From the compiled module's flat outputs to logits; None where they are none."""
+    convention = compilation.convention
+    assert convention is not None
+    if compilation.network.scope is not None:
+        return None
+
+    def find(outputs: list[torch.Tensor]) -> torch.Tensor:
+        return logits_of(structured(outputs, convention), compilation.source.logits)
+
+    try:
+        find(compilation.expected[0].outputs)
+    except InputError:
+        return None
+    return find
 
 
 PASS = Pass(

@@ -239,7 +239,9 @@ def trained_parameters(student: torch.fx.GraphModule) -> list[torch.nn.Parameter
 
 def make_optimizer(student: torch.fx.GraphModule, phase: Phase) -> torch.optim.Optimizer:
     """Weights decay; biases, norms and other vectors do not; scales have their own rate."""
-    scales = {id(module.scale) for module in student.modules() if isinstance(module, FakeQuantize)}
+    scales = {
+        id(module.log_scale) for module in student.modules() if isinstance(module, FakeQuantize)
+    }
     weights = [p for p in trained_parameters(student) if id(p) not in scales]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in weights if p.ndim >= 2], "weight_decay": phase.weight_decay},

@@ -451,7 +451,9 @@ class QuantizePhase(Phase):
         default=5e-5, description="Learning rate of the weights at its highest."
     )
     scale_lr: PositiveFloat = Field(
-        default=1e-5, description="Learning rate of the scale factors at its highest."
+        default=1e-3,
+        description="Learning rate of the scale factors at its highest. They are learned as "
+        "logarithms, so with AdamW it is the relative change of a step.",
     )
 
 
@@ -495,7 +497,7 @@ class Verify(_Block):
         default=0.97, description="Smallest share of samples for which both name the same class."
     )
     max_difference: PositiveFloat = Field(
-        default=1.0,
+        default=0.5,
         description="Largest absolute difference of one output value, divided by the standard "
         "deviation of the reference outputs.",
     )

@@ -107,8 +107,8 @@ def _weight_faults(
         faults.append(f"{scale.shape} scales for {stored.shape[output_axis]} output channels")
     if _attribute(dequantize, "axis", 1) != output_axis:
         faults.append(f"scales lie on axis {_attribute(dequantize, 'axis', 1)}, not {output_axis}")
-    if not bool((scale > 0).all()):
-        faults.append("a weight scale is not positive")
+    if not bool((np.isfinite(scale) & (scale > 0)).all()):
+        faults.append("a weight scale is not positive and finite")
     return faults + _zero_point_faults(graph, dequantize, "weight")
 
 
@@ -119,13 +119,15 @@ def _activation_faults(graph: _Graph, dequantize: onnx.NodeProto | None, side: s
     if quantize is None or quantize.op_type != "QuantizeLinear":
         return [f"its {side} is dequantized, but never quantized"]
     faults = []
-    for node in (quantize, dequantize):
-        scale = graph.array(node.input[1])
+    scales = [graph.array(node.input[1]) for node in (quantize, dequantize)]
+    for node, scale in zip((quantize, dequantize), scales, strict=True):
         if scale is None or scale.ndim != 0:
             faults.append(f"its {side} scale is not one constant")
-        elif not float(scale) > 0:
+        elif not (np.isfinite(scale) and float(scale) > 0):
             faults.append(f"its {side} scale is {float(scale)}")
         faults += _zero_point_faults(graph, node, side)
+    if not faults and float(scales[0]) != float(scales[1]):  # type: ignore[arg-type]
+        faults.append(f"its {side} is quantized by {scales[0]} and dequantized by {scales[1]}")
     return faults
 
 
@@ -145,7 +147,8 @@ def _output_faults(graph: _Graph, gemm: onnx.NodeProto) -> list[str]:
 
 def _zero_point_faults(graph: _Graph, node: onnx.NodeProto, side: str) -> list[str]:
     if len(node.input) < 3 or not node.input[2]:
-        return []
+        # DequantizeLinear then takes 0 of its input's type; QuantizeLinear would give uint8.
+        return [f"its {side} is quantized to uint8"] if node.op_type == "QuantizeLinear" else []
     zero_point = graph.array(node.input[2])
     if zero_point is None or zero_point.dtype != np.int8 or bool((zero_point != 0).any()):
         return [f"its {side} zero-point is not int8 0"]

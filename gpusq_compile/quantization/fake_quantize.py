@@ -33,7 +33,11 @@ ACTIVATION_RANGES = {"int8": IntegerRange("int8", -128, 127)}
 
 
 class FakeQuantize(nn.Module):
-    """`clamp(round(x / scale), qmin, qmax) * scale`, with the scale as a parameter.
+    """`clamp(round(x / scale), qmin, qmax) * scale`, with the scale's logarithm as a parameter.
+
+    Scales span orders of magnitude, and an optimizer that normalizes gradients (Adam) takes steps
+    of one absolute size: on the logarithm that is one relative size for all of them, and no step
+    can make a scale negative.
 
     Args:
         grid: the integer range.
@@ -44,7 +48,7 @@ class FakeQuantize(nn.Module):
     Until `calibrated` it passes values through; with an `observer` attached it shows them to it.
     """
 
-    scale: nn.Parameter
+    log_scale: nn.Parameter
 
     def __init__(
         self, grid: IntegerRange, *, channels: int | None, scale_dtype: torch.dtype
@@ -53,19 +57,24 @@ class FakeQuantize(nn.Module):
         self.grid = grid
         self.channels = channels
         self.scale_dtype = scale_dtype
-        self.scale = nn.Parameter(torch.ones(()) if channels is None else torch.ones(channels))
+        self.log_scale = nn.Parameter(torch.zeros(() if channels is None else (channels,)))
         self.calibrated = False
         self.observer: Observer | None = None
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """The scale, float32: a scalar, or [channels]."""
+        return self.log_scale.exp()
 
     def set_scale(self, scale: torch.Tensor) -> None:
         """Set the scale (of the shape of `self.scale`) and switch quantization on."""
         with torch.no_grad():
-            self.scale.copy_(scale.clamp_min(MIN_SCALE))
+            self.log_scale.copy_(scale.clamp_min(MIN_SCALE).log())
         self.calibrated = True
 
     def exported_scale(self) -> torch.Tensor:
         """The scale as the graph will hold it: positive, rounded to `scale_dtype`, as float32."""
-        positive = self.scale.abs().clamp_min(MIN_SCALE)
+        positive = self.scale.clamp_min(MIN_SCALE)
         rounded = positive.detach().to(self.scale_dtype).to(positive.dtype)
         return positive + (rounded - positive).detach()
 
