@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import math
 import platform
 import random
 import shutil
@@ -24,8 +25,10 @@ from torch import nn
 from gpusq_compile import __version__
 from gpusq_compile.compilation import Compilation, EngineChoice, Options
 from gpusq_compile.console import Console
+from gpusq_compile.data import check_data
 from gpusq_compile.driver import missed_remarks, run_passes
 from gpusq_compile.engine import BatchRange, build_script
+from gpusq_compile.engine.backends import choose_backend
 from gpusq_compile.errors import CheckFailed, GpusqError, InputError, InternalError, did_you_mean
 from gpusq_compile.graph.query import tensor_attribute
 from gpusq_compile.graph.text import graph_text
@@ -42,6 +45,8 @@ from gpusq_compile.quantization.operators import DEQUANTIZE
 from gpusq_compile.report.document import make_report
 
 SCRIPT = "build_engine.sh"
+LARGEST_SEED = 2**32 - 1
+"""The largest that numpy takes."""
 
 
 @dataclass(frozen=True)
@@ -167,24 +172,37 @@ def compile_model(
         seed=seed,
         dump_after=tuple(dump_after),
     )
-    check_options(options)
+    gates = gates or Gates()
+    check_options(options, gates)
+    if not dry_run:
+        # An engine that cannot be built should not be found out after hours of fine-tune.
+        choose_backend(options.engine, options.targets or resolved.target.compute)
     seed_everything(seed)
     with staging(output) as stage:
-        source = (
-            module_source(
-                model,
-                example_inputs,
-                train_data=train_data,
-                calibration_data=calibration_data,
-                eval_data=eval_data,
-                logits=logits,
-                dynamic_shapes=dynamic_shapes,
+        with console.busy("loading the model and its data"):
+            source = (
+                module_source(
+                    model,
+                    example_inputs,
+                    train_data=train_data,
+                    calibration_data=calibration_data,
+                    eval_data=eval_data,
+                    logits=logits,
+                    dynamic_shapes=dynamic_shapes,
+                )
+                if isinstance(model, nn.Module)
+                else load_source(str(model), data=data, weights=weights)
             )
-            if isinstance(model, nn.Module)
-            else load_source(str(model), data=data, weights=weights)
-        )
-        check_source(source)
-        network = Network(source.module, scope or resolved.scope)
+            check_source(source)
+            network = Network(source.module, scope or resolved.scope)
+            check_data(
+                source,
+                resolved,
+                finetune=finetune,
+                scoped=network.scope is not None,
+                labelled=gates.max_drop is not None,
+                required=not dry_run,
+            )
         compilation = Compilation(source, resolved, options, console, network, stage)
         passes = PIPELINE[: PIPELINE.index(mark.PASS) + 1] if dry_run else PIPELINE
         if console.verbosity >= 0:
@@ -193,7 +211,7 @@ def compile_model(
         try:
             with disk_full_named(output), exact_arithmetic():
                 run_passes(compilation, passes, measure=not dry_run)
-            check_gates(compilation, gates or Gates())
+            check_gates(compilation, gates)
         except CheckFailed as failed:
             error = failed
         except (InputError, KeyboardInterrupt):
@@ -327,8 +345,8 @@ def engine_choice(engine: str | None, output: Path | None) -> EngineChoice:
     )
 
 
-def check_options(options: Options) -> None:
-    """Raise InputError for an option whose value cannot be."""
+def check_options(options: Options, gates: Gates) -> None:
+    """Raise InputError for an option whose value cannot be, or that another one contradicts."""
     for target in options.targets or ():
         if target not in get_args(Compute):
             raise InputError(
@@ -338,12 +356,26 @@ def check_options(options: Options) -> None:
             )
     if options.steps is not None and options.steps < 1:
         raise InputError("steps", f"{options.steps} steps: expected 1 or more")
-    if options.epochs is not None and not options.epochs > 0:
+    if options.epochs is not None and not 0 < options.epochs < math.inf:
         raise InputError(
-            "epochs", f"{options.epochs} epochs: expected more than 0", hint="use --no-finetune"
+            "epochs",
+            f"{options.epochs:g} epochs: expected a number greater than 0, such as 0.5",
+            hint="--no-finetune skips the fine-tune",
         )
     if options.steps is not None and options.epochs is not None:
         raise InputError("steps-and-epochs", "both steps and epochs were given: choose one budget")
+    if not options.finetune and (options.steps is not None or options.epochs is not None):
+        name = "epochs" if options.steps is None else "steps"
+        raise InputError(
+            "budget-without-finetune", f"{name} were given for the fine-tune that is switched off"
+        )
+    if not 0 <= options.seed <= LARGEST_SEED:
+        raise InputError("seed", f"seed {options.seed}: expected 0 to {LARGEST_SEED}")
+    if gates.max_drop is not None and not 0 <= gates.max_drop < math.inf:
+        raise InputError(
+            "max-drop",
+            f"a largest drop of {gates.max_drop:g}: expected percentage points of 0 or more",
+        )
     names = [step.name for step in PIPELINE]
     for name in options.dump_after:
         if name not in (*names, "changed", "all"):
@@ -363,7 +395,16 @@ def check_options(options: Options) -> None:
             hint=did_you_mean(options.device, ["cpu", "cuda"]),
         )
     if kind == "cuda" and not torch.cuda.is_available():
-        raise InputError("no-cuda", "device 'cuda' was asked for, but torch sees no CUDA GPU")
+        raise InputError(
+            "no-cuda",
+            f"device '{options.device}' was asked for, but torch sees no CUDA GPU",
+            hint="leave --device out to run on the CPU; check the driver with nvidia-smi",
+        )
+    index = torch.device(options.device).index or 0
+    if kind == "cuda" and index >= torch.cuda.device_count():
+        raise InputError(
+            "no-cuda", f"no GPU {index}: torch sees {torch.cuda.device_count()}, counted from 0"
+        )
 
 
 def check_gates(compilation: Compilation, gates: Gates) -> None:
@@ -407,11 +448,11 @@ def disk_full_named(output: Path | None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise InputError(
             "disk-full",
-            f"no space left while writing to {output}",
+            f"cannot write to {output}: {error.strerror}",
             hint="nothing was published; free some space, or choose another folder with -o, "
             "and run the same command again",
         ) from error

@@ -6,26 +6,54 @@ input, 3 internal error, 130 interrupted.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, TextIO
 
 import click
 
 from gpusq_compile import __version__
-from gpusq_compile.console import Console
-from gpusq_compile.errors import EXIT_INTERNAL, GpusqError, InputError, did_you_mean
+from gpusq_compile.console import Console, write_out
+from gpusq_compile.errors import (
+    EXIT_INTERNAL,
+    CheckFailed,
+    GpusqError,
+    InputError,
+    did_you_mean,
+)
 from gpusq_compile.language.loader import load_rules
+from gpusq_compile.output import REPORT
 
-EXIT_INTERRUPTED = 130
+EXIT_SIGNAL = 128
+"""Exit code of a command that a signal ended, less the signal's number."""
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+class Ended(KeyboardInterrupt):
+    """A signal asked the process to end. A kind of Ctrl-C, so that everything cleans up alike."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+EPILOG = (
+    "Exit codes: 0 done; 1 compiled, but a rule, a gate or the verification failed; 2 bad input; "
+    "3 a fault of the compiler."
+)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
 @click.argument("model", required=False)
 @click.option("--rules", help="Shipped rules (int8, sparse-fp16) or a YAML file.")
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="Output folder [default: out/MODEL]."
+    "-o", "--output", type=click.Path(), help="Output folder, made if missing [default: out/MODEL]."
 )
 @click.option("--data", help="Data of a library model: imagefolder:DIR.")
 @click.option("--weights", help="Weights of a library model: pretrained, or a safetensors file.")
@@ -43,11 +71,22 @@ EXIT_INTERRUPTED = 130
 @click.option("--target", help="GPU generations, e.g. sm80,sm89, in place of the rules'.")
 @click.option("--max-drop", type=float, help="Fail if top-1 falls by more points than this.")
 @click.option("--strict", is_flag=True, help="Fail if anything asked for was not done.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Equal seeds give equal CPU results."
+)
+@click.option(
+    "--device", default="cpu", show_default=True, help="Where the fine-tune runs: cpu or cuda."
+)
 @click.option("--dump-after", multiple=True, help="Pass name, changed or all: graph texts.")
 @click.option("--list-passes", is_flag=True, help="Say what each pass requires and ensures.")
-@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="json also prints the report on stdout.",
+)
 @click.option("-q", "--quiet", is_flag=True, help="Errors only.")
 @click.option("-v", "--verbose", is_flag=True, help="Every remark of every pass.")
 @click.version_option(__version__, prog_name="gpusq-compile")
@@ -63,42 +102,72 @@ def command(**options: Any) -> None:
     if not options["model"] or not options["rules"]:
         missing = "MODEL" if not options["model"] else "--rules"
         raise click.UsageError(f"Missing {missing}. Example: gpusq-compile model.py --rules int8")
+    check_values(options)
     verbosity = -1 if options["quiet"] else int(options["verbose"])
-    compile_command(options, Console(verbosity))
+    stdout = sys.stdout
+    # What the user's own code prints must not mix with the report on stdout.
+    with contextlib.redirect_stdout(sys.stderr):
+        compile_command(options, Console(verbosity), stdout)
 
 
-def compile_command(options: dict[str, Any], console: Console) -> None:
-    """Run one compilation and show its report."""
+def check_values(options: dict[str, Any]) -> None:
+    """Refuse what the command line alone can get wrong; `compile_model` checks the rest."""
+    for name in ("output", "data", "weights", "scope", "target"):
+        if options[name] is not None and not options[name].strip(" ,"):
+            raise InputError("empty-option", f"--{name} was given an empty value")
+    if options["quiet"] and options["verbose"]:
+        raise InputError("options-conflict", "--quiet and --verbose exclude each other")
+
+
+def compile_command(options: dict[str, Any], console: Console, stdout: TextIO) -> None:
+    """Run one compilation and show its report, that of a failed check too."""
     rules = load_rules(options["rules"])
+    if options["weights"] == "pretrained" and ":" in options["model"]:
+        console.info(f"loading {options['model']} with its pretrained weights")
     # Bad rules should not wait for torch to be imported.
-    from gpusq_compile.api import Gates, compile_model
-    from gpusq_compile.report.terminal import show_report
+    with console.busy("importing torch"):
+        from gpusq_compile.api import Gates, compile_model
+    from gpusq_compile.report.terminal import show_plan, show_report
 
-    output = options["output"] or default_output(options["model"])
-    targets = options["target"].split(",") if options["target"] else None
-    result = compile_model(
-        options["model"],
-        rules=rules,
-        output=output,
-        data=options["data"],
-        weights=options["weights"],
-        scope=options["scope"],
-        finetune=not options["no_finetune"],
-        steps=options["steps"],
-        epochs=options["epochs"],
-        engine=options["engine"],
-        targets=targets,
-        device=options["device"],
-        seed=options["seed"],
-        dump_after=options["dump_after"],
-        gates=Gates(options["max_drop"], options["strict"]),
-        dry_run=options["dry_run"],
-        console=console,
-        command=sys.argv,
-    )
-    show_report(result.report, console.rich, [str(path) for path in result.files])
-    if options["form"] == "json":
-        click.echo(json.dumps(result.report, indent=2))
+    output = Path(options["output"] or default_output(options["model"]))
+    targets = [name.strip() for name in (options["target"] or "").split(",") if name.strip()]
+    try:
+        result = compile_model(
+            options["model"],
+            rules=rules,
+            output=output,
+            data=options["data"],
+            weights=options["weights"],
+            scope=options["scope"],
+            finetune=not options["no_finetune"],
+            steps=options["steps"],
+            epochs=options["epochs"],
+            engine=options["engine"],
+            targets=targets or None,
+            device=options["device"],
+            seed=options["seed"],
+            dump_after=options["dump_after"],
+            gates=Gates(options["max_drop"], options["strict"]),
+            dry_run=options["dry_run"],
+            console=console,
+            command=sys.argv,
+        )
+    except CheckFailed:
+        if not options["dry_run"]:
+            report = json.loads((output / REPORT).read_text())
+            show_report(report, console.rich, [str(output / REPORT)])
+            print_report(report, options["form"], stdout)
+        raise
+    if options["dry_run"]:
+        show_plan(result.report, console.rich)
+    else:
+        show_report(result.report, console.rich, [str(path) for path in result.files])
+    print_report(result.report, options["form"], stdout)
+
+
+def print_report(report: dict[str, Any], form: str, stdout: TextIO) -> None:
+    if form == "json":
+        write_out(json.dumps(report, indent=2) + "\n", stdout)
 
 
 def default_output(model: str) -> Path:
@@ -120,7 +189,8 @@ def list_passes() -> None:
 def main() -> None:
     """Console entry point: errors become a message and an exit code, never a traceback."""
     try:
-        command(standalone_mode=False)
+        with ended_by_signals():
+            command(standalone_mode=False)
     except click.exceptions.NoSuchOption as error:
         valid = [name for parameter in command.params for name in parameter.opts]
         hint = did_you_mean(error.option_name, [name for name in valid if name.startswith("--")])
@@ -131,19 +201,47 @@ def main() -> None:
         sys.exit(error.exit_code)
     except GpusqError as error:
         fail(error)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as interrupt:
+        # click makes an Abort of every KeyboardInterrupt.
+        cause = interrupt.__cause__ or interrupt
         click.echo(
-            "\ninterrupted: nothing was published; run the same command again to start over",
+            "interrupted: nothing half-written is left; run the same command again to start over",
             err=True,
         )
-        sys.exit(EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        sys.exit(0)
+        sys.exit(EXIT_SIGNAL + (cause.number if isinstance(cause, Ended) else signal.SIGINT))
     except Exception as error:
-        click.echo(f"error[internal]: {type(error).__name__}: {error}", err=True)
-        sys.exit(EXIT_INTERNAL)
+        crashed(error)
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and a closed terminal end the run as Ctrl-C does: with nothing left behind."""
+
+    def end(number: int, _: FrameType | None) -> None:
+        raise Ended(number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    # nohup ignores SIGHUP, and that must stay so.
+    numbers = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def fail(error: GpusqError) -> None:
     click.echo(str(error), err=True)
     sys.exit(error.exit_code)
+
+
+def crashed(error: Exception) -> None:
+    """Say that this is a fault of the compiler, and keep the traceback in a file."""
+    click.echo(f"error[internal]: {type(error).__name__}: {error}", err=True)
+    with contextlib.suppress(OSError):
+        folder = Path(tempfile.mkdtemp(prefix="gpusq-crash-"))
+        (folder / "traceback.txt").write_text("".join(traceback.format_exception(error)))
+        click.echo(f"  hint: please report it with {folder / 'traceback.txt'}", err=True)
+    sys.exit(EXIT_INTERNAL)

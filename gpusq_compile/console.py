@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 import rich.console
+from rich.console import RenderableType
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -17,12 +21,39 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.status import Status
+from rich.text import Text
 
 Advance = Callable[..., None]
 """`advance(text="", to=None)`: one step is done, or `to` of the total are; `text` is shown."""
 
 PLAIN_INTERVAL_S = 10.0
 """Seconds between progress lines where stderr is no terminal."""
+
+
+def write_out(text: str, stream: TextIO) -> None:
+    """Write all of `text`; that its reader stops early, as `head` does, is no error."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:
+        # Python would complain when it flushes at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def print_sentence(console: rich.console.Console, markup: str) -> None:
+    """Wrapped between words on a terminal; elsewhere one line, for `grep`."""
+    console.print(markup, soft_wrap=not console.is_terminal)
+
+
+class _Bar(Progress):
+    """A bar with its `text` field on a line below: beside the bar both would not fit 80 columns."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        for task in self.tasks:
+            if text := task.fields["text"]:
+                yield Text(f"  {text}", no_wrap=True, overflow="ellipsis")
 
 
 class Console:
@@ -34,17 +65,35 @@ class Console:
 
     def __init__(self, verbosity: int = 0) -> None:
         self.verbosity = verbosity
-        self.rich = rich.console.Console(stderr=True, quiet=verbosity < 0, highlight=False)
+        # This very stream: what a library prints on stderr may be redirected for a while.
+        self.rich = rich.console.Console(file=sys.stderr, quiet=verbosity < 0, highlight=False)
+        self._spinner: Status | None = None
 
     def info(self, text: str) -> None:
-        self.rich.print(escape(text), soft_wrap=True)
+        print_sentence(self.rich, escape(text))
 
     def warn(self, text: str) -> None:
-        self.rich.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
+        print_sentence(self.rich, f"[yellow]warning:[/] {escape(text)}")
 
     def detail(self, text: str) -> None:
         if self.verbosity > 0:
             self.info(text)
+
+    @contextmanager
+    def busy(self, label: str) -> Iterator[None]:
+        """A spinner on a terminal while something runs that cannot say how far it is.
+
+        `progress` within takes its place; within another `busy` nothing is added.
+        """
+        if self.rich.quiet or not self.rich.is_terminal or self._spinner is not None:
+            yield
+            return
+        self._spinner = self.rich.status(escape(label))
+        try:
+            with self._spinner:
+                yield
+        finally:
+            self._spinner = None
 
     @contextmanager
     def progress(self, label: str, total: int | None) -> Iterator[Advance]:
@@ -65,16 +114,22 @@ class Console:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
         )
-        with Progress(*columns, console=self.rich, transient=True) as bars:
-            task = bars.add_task(label, total=total, text="")
+        # Only one live display may be active at once.
+        if self._spinner is not None:
+            self._spinner.stop()
+        try:
+            with _Bar(*columns, console=self.rich, transient=True) as bars:
+                task = bars.add_task(label, total=total, text="")
 
-            def advance(text: str = "", to: float | None = None) -> None:
-                step = {"advance": 1.0} if to is None else {"completed": to}
-                bars.update(task, text=escape(text), **step)  # type: ignore[arg-type]
+                def advance(text: str = "", to: float | None = None) -> None:
+                    step = {"advance": 1.0} if to is None else {"completed": to}
+                    bars.update(task, text=text, **step)  # type: ignore[arg-type]
 
-            yield advance
+                yield advance
+        finally:
+            if self._spinner is not None:
+                self._spinner.start()
 
     def _lines(self, label: str, total: int | None) -> Iterator[Advance]:
         started = shown = time.monotonic()

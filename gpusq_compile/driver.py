@@ -17,12 +17,16 @@ from gpusq_compile.numerics import largest_difference
 from gpusq_compile.pass_base import Pass
 from gpusq_compile.remarks import Kind
 
+MEASURED_BEFORE = {"sparsify": "dense"}
 MEASURED_AFTER = {
-    "canonicalize": "dense",
     "finetune_sparse": "sparse",
     "finetune_quantized": "quantized",
 }
-"""The passes after which top-1 is measured, and the name it has in the report."""
+"""The passes around which top-1 is measured, and the name it has in the report.
+
+The dense model is measured once the rules have matched: their errors should not wait for it, and
+a dry run needs none.
+"""
 
 
 def run_passes(compilation: Compilation, passes: Sequence[Pass], *, measure: bool = True) -> None:
@@ -48,9 +52,12 @@ def run_passes(compilation: Compilation, passes: Sequence[Pass], *, measure: boo
 
 def run_pass(compilation: Compilation, step: Pass) -> None:
     console = compilation.console
+    if step.name in MEASURED_BEFORE:
+        measure_top1(compilation, MEASURED_BEFORE[step.name], compilation.ir)
     before = text_before(compilation, step)
     started = time.monotonic()
-    result = step.run(compilation)
+    with console.busy(step.name):
+        result = step.run(compilation)
     seconds = time.monotonic() - started
     change = None
     if compilation.graph is not None and "onnx" not in compilation.facts | set(step.ensures):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +89,8 @@ def _torchvision(name: str, pretrained: bool) -> tuple[nn.Module, tuple[int, ...
 
 def _build(library: str, name: str, create: Any) -> nn.Module:
     try:
-        module: nn.Module = create()
+        with quiet_downloads():
+            module: nn.Module = create()
     except Exception as error:
         raise InputError(
             "model-not-loaded",
@@ -97,12 +100,27 @@ def _build(library: str, name: str, create: Any) -> nn.Module:
     return module
 
 
+@contextmanager
+def quiet_downloads() -> Iterator[None]:
+    """Without the download library's line for each retry; the last error says it all."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _unknown_model(library: str, name: str, valid: list[str]) -> InputError:
     close = nearest(name, valid)
+    module = "torchvision.models" if library == "torchvision" else library
     return InputError(
         "unknown-model",
         f"{library} has no model '{name}'",
-        hint=f"did you mean {library}:{close}?" if close else f"{library} has {len(valid)} models",
+        hint=f"did you mean {library}:{close}?"
+        if close
+        else f"{module}.list_models() lists all {len(valid)}",
     )
 
 
@@ -114,16 +132,33 @@ def _load_weights(module: nn.Module, path: Path) -> None:
         raise InputError(
             "weights-missing",
             f"no weights at {path}",
-            hint="--weights takes 'pretrained' or the path of a safetensors file",
+            hint=("did you mean 'pretrained'? " if nearest(str(path), ["pretrained"]) else "")
+            + "--weights takes 'pretrained' or the path of a safetensors file",
         )
     try:
         state = load_file(path)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise InputError("weights-unreadable", f"{path} is no safetensors file: {error}") from None
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        raise InputError("weights-mismatch", f"{path} does not fit the model: {error}") from None
+    if faults := _mismatches(module.state_dict(), state):
+        raise InputError(
+            "weights-mismatch", f"{path} does not fit the model: tensors {'; '.join(faults)}"
+        )
+    module.load_state_dict(state)
+
+
+def _mismatches(
+    expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]
+) -> list[str]:
+    """What keeps weights from fitting, each kind with its count and its first name."""
+    missing = [name for name in expected if name not in found]
+    unknown = [name for name in found if name not in expected]
+    shapes = [
+        f"{name} is {list(found[name].shape)}, the model has {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    kinds = ((missing, "missing"), (unknown, "not in the model"), (shapes, "of another shape"))
+    return [f"{len(names)} {what} (first: {names[0]})" for names, what in kinds if names]
 
 
 def _noise(input_size: tuple[int, ...]) -> Iterable[torch.Tensor]:
@@ -137,10 +172,13 @@ def _image_folder(
 ) -> None:
     kind, _, folder = data.partition(":")
     if kind != "imagefolder" or not folder:
+        bare = Path(data).is_dir()
         raise InputError(
             "unknown-data",
             f"--data {data} is not a form this version reads",
-            hint=did_you_mean(kind, ["imagefolder"]) + ":DIR",
+            hint=f"did you mean imagefolder:{data}?"
+            if bare
+            else did_you_mean(kind, ["imagefolder"]) + ":DIR",
         )
     root = Path(folder)
     if not root.is_dir():

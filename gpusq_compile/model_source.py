@@ -246,10 +246,10 @@ def user_error(error: BaseException, path: Path | None, what: str, code: str) ->
     frames = traceback.extract_tb(error.__traceback__)
     outside = [frame for frame in frames if _is_users(Path(frame.filename))]
     own = [frame for frame in outside if path and _same_file(Path(frame.filename), path)]
-    frame = (own or outside or [None])[-1]
     message = f"{what} raised {_error_text(error, outside)}"
-    if frame is None:
+    if not outside:
         return InputError(code, message)
+    frame = (own or outside)[-1]
     if outside[-1] is not frame:
         deeper = Location(relative_to_cwd(Path(outside[-1].filename)), outside[-1].lineno)
         message += f" (at {deeper})"
@@ -306,6 +306,14 @@ def check_source(source: ModelSource) -> None:
             )
         if not tensor.is_floating_point():
             continue
+        if name in parameters and tensor.dtype != torch.float32:
+            raise InputError(
+                "weights-not-float32",
+                f"{name} {list(tensor.shape)} is {str(tensor.dtype).removeprefix('torch.')}, "
+                "expected float32: fine-tune and scales need its precision",
+                location=source.place("model"),
+                hint="return model.float(); the rules' target.precision sets the result's type",
+            )
         # A buffer may hold infinities on purpose, such as an attention mask.
         bad = ~torch.isfinite(tensor) if name in parameters else torch.isnan(tensor)
         if bool(bad.any()):

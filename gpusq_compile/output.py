@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,13 +98,28 @@ def publish(stage: Path, output: Path, about: dict[str, Any]) -> list[Path]:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Let Ctrl-C and its like wait until the block is done."""
-    held = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    """Let Ctrl-C and its like wait until the block is done.
+
+    A blocked mask would hold for this thread alone, and any other thread of the process, such as
+    one of torch's, would take the signal and have Python run its handler here all the same.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    held = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    # None is a handler that was not set from Python, and could not be put back.
+    before = {number: old for number in held if (old := signal.getsignal(number)) is not None}
+    before = {number: old for number, old in before.items() if old != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, lambda number, _: came.append(number))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, old in before.items():
+            signal.signal(number, old)
+        for caught in came:
+            signal.raise_signal(caught)
 
 
 def _listed(output: Path) -> list[str]:

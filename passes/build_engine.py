@@ -34,6 +34,8 @@ def run(compilation: Compilation) -> PassResult:
     compilation.engine = report
     result = PassResult(matched=len(gemms), changed=len(report.targets))
     result.remarks += [analysis("engine", text) for text in report.remarks]
+    if compilation.options.engine == "none":
+        result.remarks.append(analysis("no-engine", "no engine was asked for (--engine none)"))
     for target, engine in report.targets.items():
         right = sum(gemm.status == "passed" for gemm in engine.gemms)
         result.remarks.append(

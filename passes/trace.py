@@ -7,11 +7,16 @@ whose parameters keep the user's names. Guarantees `graph`.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.fx
+from torch._dynamo.exc import UserError, UserErrorType
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gpusq_compile.compilation import Compilation
@@ -148,7 +153,8 @@ def export(
     if shapes is None:
         shapes = batch_dynamic(module, args, kwargs)
     try:
-        program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
+        with quiet_export():
+            program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
         # Passes move nodes, which is legal only where no operator writes to its input. An empty
         # table functionalizes and decomposes nothing; it costs a second trace.
         return program.run_decompositions({}) if mutates(program) else program
@@ -205,15 +211,35 @@ def mutates(program: torch.export.ExportedProgram) -> bool:
     )
 
 
+@contextlib.contextmanager
+def quiet_export() -> Iterator[None]:
+    """Without the whole graph that `torch.export` prints on stderr when it fails."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
 def _export_error(compilation: Compilation, error: Exception) -> InputError:
+    source = compilation.source
     text = str(error).strip()
-    first = text.splitlines()[0] if text else type(error).__name__
-    placed = user_error(error, compilation.source.file, "torch.export", "export-failed")
+    found = text.splitlines()[0] if text else type(error).__name__
+    location = user_error(error, source.file, "torch.export", "export-failed").location
+    hint = "--scope PATH compiles a submodule that can be traced"
+    kind = error.error_type if isinstance(error, UserError) else None
+    if isinstance(error, GuardOnDataDependentSymNode):
+        found = "the line turns the values of a tensor into Python control flow or a Python number"
+        hint = f"torch.where(condition, a, b) keeps both branches in the graph; {hint}"
+    elif source.dynamic_shapes is not None and kind is not None:
+        location = source.place("dynamic_shapes")
+        hint = "dynamic_shapes() returns what torch.export takes as `dynamic_shapes`"
+    elif kind is UserErrorType.CONSTRAINT_VIOLATION:
+        found = "forward() works for one batch size alone"
+        location = source.place("model")
+        hint = "use x.shape[0] or -1 for the batch where a number stands in a reshape or expand"
     return InputError(
         "export-failed",
-        f"torch.export cannot trace the model: {first}",
-        location=placed.location,
-        hint="--scope PATH compiles a submodule that can be traced",
+        f"torch.export cannot trace the model: {found}",
+        location=location,
+        hint=hint,
     )
 
 

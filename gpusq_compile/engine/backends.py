@@ -144,7 +144,8 @@ def _check_targets(backend: Backend, targets: Sequence[str]) -> None:
             raise InputError(
                 "unsupported-target",
                 f"{backend.name} {backend.version} cannot build an engine for '{target}'",
-                hint=did_you_mean(target, backend.targets),
+                hint=f"{did_you_mean(target, backend.targets)}; or --engine none, and run "
+                "build_engine.sh on a machine with that GPU",
             )
 
 

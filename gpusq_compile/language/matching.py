@@ -16,6 +16,7 @@ from gpusq_compile.language.schema import Distill, Match, Quantize, SizePredicat
 ACTIONS: Final = ("sparsity", "quantize", "distill")
 
 _SHOWN_SIZES: Final = 4
+_SHOWN_NAMES: Final = 8
 
 
 @dataclass(frozen=True)
@@ -187,19 +188,21 @@ def _check_counts(
         if not indexes and rule.expect != 0:
             unmatched.append(_unmatched_error(located, candidates))
         elif rule.expect not in (None, len(indexes)):
-            mismatched.append((located, len(indexes)))
+            mismatched.append((located, [candidates[index].name for index in indexes]))
     raise_together(unmatched, rules.sources)
     if not mismatched:
         return
     texts = [
-        f"rule '{located.rule.id}' expects {located.rule.expect} layers and matches {count}"
-        for located, count in mismatched
+        f"rule '{located.rule.id}' expects {located.rule.expect} layers and matches {len(names)}"
+        + (": " if names else "")
+        + ", ".join([*names[:_SHOWN_NAMES], *(["..."] if len(names) > _SHOWN_NAMES else [])])
+        for located, names in mismatched
     ]
     raise CheckFailed(
         "expect-mismatch",
         "; ".join(texts),
         location=mismatched[0][0].location,
-        hint="see what a rule matches with --dry-run, then correct its match or `expect`",
+        hint="correct the rule's match or its `expect`",
     )
 
 

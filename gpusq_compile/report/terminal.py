@@ -1,7 +1,11 @@
-"""The report on the terminal: passes, layers by role, accuracy, sizes, engines, files."""
+"""The report on the terminal: passes, layers by role, accuracy, sizes, engines, files.
+
+Tables fit 80 columns; sentences are wrapped where the terminal ends.
+"""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -10,19 +14,30 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from gpusq_compile.console import print_sentence
+
 MOST_REASONS = 8
+UNKNOWN = "-"
 
 
 def show_report(report: dict[str, Any], console: Console, files: Iterable[str] = ()) -> None:
     """Print every view of a report, in the order in which a person asks for it."""
     console.print(pass_table(report))
     console.print(layer_table(report))
-    for text in refusals(report):
-        console.print(f"  {escape(text)}", soft_wrap=True)
-    for text in (*accuracy_lines(report), *size_lines(report), *engine_lines(report)):
-        console.print(escape(text), soft_wrap=True)
+    views = (refusals, finetune_lines, accuracy_lines, verify_lines, size_lines, engine_lines)
+    for view in views:
+        for text in view(report):
+            print_sentence(console, escape(text))
     for file in files:
         console.print(f"wrote {escape(file)}", soft_wrap=True)
+
+
+def show_plan(report: dict[str, Any], console: Console) -> None:
+    """Print what the rules decided, of a report that stops there (`--dry-run`)."""
+    console.print(plan_table(report))
+    for text in (*refusals(report), *tap_lines(report)):
+        print_sentence(console, escape(text))
+    console.print("nothing was written (--dry-run)")
 
 
 def pass_table(report: dict[str, Any]) -> Table:
@@ -38,67 +53,171 @@ def pass_table(report: dict[str, Any]) -> Table:
             str(entry["changed"]),
             str(entry["skipped"]),
             f"{entry['seconds']:.2f}",
-            "-" if change is None else f"{change:.2e}",
+            UNKNOWN if change is None else f"{change:.2e}" if change else "0",
         )
     return table
 
 
 def layer_table(report: dict[str, Any]) -> Table:
-    """One row per role: how many layers, and how many got what was asked."""
+    """One row per role: how many layers, how many were asked for, and how many got what."""
     table = Table(title="layers", title_justify="left")
-    table.add_column("role")
-    for column in ("layers", "requested", "2:4", "int8", "mask verified", "int8 in engine"):
-        table.add_column(column, justify="right")
+    table.add_column("role", no_wrap=True)
+    for column in ("layers", "asked", "2:4", "int8", "mask ok", "engine ok"):
+        table.add_column(column, justify="right", no_wrap=True)
     roles: dict[str, list[dict[str, Any]]] = {}
     for layer in report["layers"]:
-        roles.setdefault(layer["role"] or "-", []).append(layer)
+        roles.setdefault(layer["role"] or UNKNOWN, []).append(layer)
     if not roles:
-        table.add_row("(none)", "0", "0", "0", "0", "0", "0")
+        table.add_row("(none)", *["0"] * 4, UNKNOWN, UNKNOWN)
     for role, layers in roles.items():
-        table.add_row(role, *(str(count) for count in layer_counts(layers)))
+        table.add_row(role, *layer_counts(report, layers))
     if len(roles) > 1:
         table.add_section()
-        table.add_row("all", *(str(count) for count in layer_counts(report["layers"])))
+        table.add_row("all", *layer_counts(report, report["layers"]))
     return table
 
 
-def layer_counts(layers: list[dict[str, Any]]) -> list[int]:
+def layer_counts(report: dict[str, Any], layers: list[dict[str, Any]]) -> list[str]:
+    """The columns of `layer_table` after the role; what was not looked at is no zero."""
+    right = right_in_engine(report)
+    checked = any(layer["mask_ok"] is not None for layer in report["layers"])
     return [
-        len(layers),
-        sum(any(layer["requested"].values()) for layer in layers),
-        sum(layer["applied"]["sparsity"] is not None for layer in layers),
-        sum(layer["applied"]["weight"] == "int8" for layer in layers),
-        sum(layer["mask_ok"] is True for layer in layers),
-        sum(layer["engine"]["type"] == "int8" for layer in layers),
+        str(len(layers)),
+        str(sum(any(layer["requested"].values()) for layer in layers)),
+        str(sum(layer["applied"]["sparsity"] is not None for layer in layers)),
+        str(sum(layer["applied"]["weight"] == "int8" for layer in layers)),
+        str(sum(layer["mask_ok"] is True for layer in layers)) if checked else UNKNOWN,
+        UNKNOWN if right is None else str(sum(layer["name"] in right for layer in layers)),
     ]
+
+
+def right_in_engine(report: dict[str, Any]) -> set[str] | None:
+    """The layers that every engine computes in the planned type; None without an engine."""
+    engine = report["engine"]
+    if not engine or not engine["targets"]:
+        return None
+    return set.intersection(
+        *(
+            {gemm["name"] for gemm in built["gemms"] if gemm["status"] == "passed"}
+            for built in engine["targets"].values()
+        )
+    )
+
+
+def plan_table(report: dict[str, Any]) -> Table:
+    """What the rules ask of each layer, layers that differ in numbers alone in one row."""
+    table = Table(title="plan", title_justify="left")
+    table.add_column("layers", overflow="fold")
+    table.add_column("n", justify="right")
+    for column in ("shape", "weight", "activation", "output"):
+        table.add_column(column, no_wrap=True)
+    rows: dict[tuple[str, ...], int] = {}
+    for layer in report["layers"]:
+        name = re.sub(r"(?<![^.])\d+(?![^.])", "*", layer["name"])
+        row = (name, *plan_cells(layer))
+        rows[row] = rows.get(row, 0) + 1
+    for (name, *cells), count in rows.items():
+        table.add_row(escape(name), str(count), *cells)
+    return table
+
+
+def plan_cells(layer: dict[str, Any]) -> tuple[str, str, str, str]:
+    asked = layer["requested"]
+    shape = "x".join(str(size) for size in layer["shape"])
+    if not any(asked.values()):
+        return shape, UNKNOWN, UNKNOWN, UNKNOWN
+    weight = " ".join(filter(None, (asked["sparsity"], asked["weight"])))
+    if layer["reasons"]:
+        return shape, f"{weight}: refused", UNKNOWN, UNKNOWN
+    return shape, weight or UNKNOWN, asked["activation"] or UNKNOWN, asked["output"] or UNKNOWN
+
+
+def tap_lines(report: dict[str, Any]) -> list[str]:
+    taps = [
+        f"{remark['layer']} ({remark['reason'].removeprefix('distill at ')})"
+        for entry in report["passes"]
+        for remark in entry["remarks"]
+        if remark["code"] == "tap-marked"
+    ]
+    return [f"distilled at: {', '.join(taps)}"] if taps else []
 
 
 def refusals(report: dict[str, Any]) -> list[str]:
     """Why requested treatment was not applied: each reason once, with how many layers it hit."""
     counts = Counter(reason for layer in report["layers"] for reason in layer["reasons"])
-    lines = [f"refused on {count} layers: {reason}" for reason, count in counts.most_common()]
+    lines = [
+        f"refused on {count} {'layer' if count == 1 else 'layers'}: {reason}"
+        for reason, count in counts.most_common()
+    ]
     more = len(lines) - MOST_REASONS
     return lines[:MOST_REASONS] + ([f"... and {more} more reasons"] if more > 0 else [])
+
+
+def finetune_lines(report: dict[str, Any]) -> list[str]:
+    """One line per phase: how long, the loss at its start and end, and why it ended."""
+    lines = []
+    for name, phase in report["finetune"].items():
+        if not phase["steps"]:
+            lines.append(f"fine-tune {name}: {phase['reason']}")
+            continue
+        first, last = (number(phase["loss"][i]["total"], ".4g") for i in (0, -1))
+        lines.append(
+            f"fine-tune {name}: {phase['steps']} steps in {phase['seconds']:.0f} s, stopped by "
+            f"{phase['stopped_by']}; loss {first} -> {last}"
+        )
+    return lines
+
+
+def verify_lines(report: dict[str, Any]) -> list[str]:
+    """What the final ONNX file was checked for, and how far it is from its limits."""
+    verify = report["verify"]
+    if not verify:
+        return []
+    found, limits = verify["numerics"], verify["limits"]
+    faults = verify["structure"]["faults"]
+    lines = [
+        f"ONNX Runtime against the graph on {found['samples']} samples: "
+        f"cosine {number(found['min_cosine'], '.4f')} (limit {limits['min_cosine']:g}), "
+        f"top-1 agreement {number(found['top1_agreement'], '.1%')} "
+        f"(limit {limits['min_top1_agreement']:.0%}), "
+        f"difference {number(found['max_difference'], '.3f')} std "
+        f"(limit {limits['max_difference']:g})",
+        f"stored layers: {verify['structure']['layers']} checked, {len(faults)} faults",
+    ]
+    lines += [f"  {fault}" for fault in faults[:MOST_REASONS]]
+    more = len(faults) - MOST_REASONS
+    return lines + ([f"  ... and {more} more, in report.json"] if more > 0 else [])
+
+
+def number(value: float | None, form: str) -> str:
+    """A number of the report, where null stands for NaN or infinity."""
+    return "NaN" if value is None else format(value, form)
 
 
 def accuracy_lines(report: dict[str, Any]) -> list[str]:
     known = {name: value for name, value in report["accuracy"].items() if value is not None}
     if not known:
         return ["accuracy: not measured (no labelled eval_data)"]
-    return ["top-1: " + ", ".join(f"{name} {value:.2%}" for name, value in known.items())]
+    line = "top-1: " + ", ".join(f"{name} {value:.2%}" for name, value in known.items())
+    if "dense" in known and "onnx" in known:
+        line += f" ({100 * (known['onnx'] - known['dense']):+.2f} points)"
+    return [line]
 
 
 def size_lines(report: dict[str, Any]) -> list[str]:
     storage = report["storage"]
     if not storage:
         return []
-    line = (
-        f"size: model.onnx {storage['model_bytes'] / 1e6:.2f} MB, "
-        f"{storage['model_ratio']:.2f}x smaller than FP32"
-    )
+    line = f"size: model.onnx {in_bytes(storage['model_bytes'])}"
+    if storage["model_ratio"]:
+        line += f", {storage['model_ratio']:.2f}x smaller than FP32"
     if storage["gemm_ratio"]:
         line += f"; compressed GEMMs {storage['gemm_ratio']:.2f}x"
     return [line]
+
+
+def in_bytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 
 def engine_lines(report: dict[str, Any]) -> list[str]:
@@ -106,7 +225,7 @@ def engine_lines(report: dict[str, Any]) -> list[str]:
     if engine is None:
         return []
     lines = [
-        f"engine: {built['file']} for {target}, {built['bytes'] / 1e6:.2f} MB, "
+        f"engine: {built['file']} for {target}, {in_bytes(built['bytes'])}, "
         f"{sum(g['status'] == 'passed' for g in built['gemms'])} of {len(built['gemms'])} GEMMs in "
         f"the planned type ({engine['backend']} {engine['version']})"
         for target, built in engine["targets"].items()
