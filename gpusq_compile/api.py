@@ -171,6 +171,7 @@ def compile_model(
         device=device,
         seed=seed,
         dump_after=tuple(dump_after),
+        dry_run=dry_run,
     )
     gates = gates or Gates()
     check_options(options, gates)
@@ -197,11 +198,9 @@ def compile_model(
             network = Network(source.module, scope or resolved.scope)
             check_data(
                 source,
-                resolved,
                 finetune=finetune,
                 scoped=network.scope is not None,
                 labelled=gates.max_drop is not None,
-                required=not dry_run,
             )
         compilation = Compilation(source, resolved, options, console, network, stage)
         passes = PIPELINE[: PIPELINE.index(mark.PASS) + 1] if dry_run else PIPELINE

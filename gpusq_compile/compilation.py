@@ -36,6 +36,7 @@ class Options:
     device: str = "cpu"
     seed: int = 0
     dump_after: tuple[str, ...] = ()
+    dry_run: bool = False
 
 
 @dataclass

@@ -12,8 +12,6 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from gpusq_compile.errors import InputError, Location
-from gpusq_compile.language.loader import Rules
-from gpusq_compile.language.schema import Match, Rule
 from gpusq_compile.model_source import (
     DATA_FUNCTIONS,
     DataFactory,
@@ -43,31 +41,24 @@ class Batch:
 
 
 def check_data(
-    source: ModelSource,
-    rules: Rules,
-    *,
-    finetune: bool,
-    scoped: bool = False,
-    labelled: bool = False,
-    required: bool = True,
+    source: ModelSource, *, finetune: bool, scoped: bool = False, labelled: bool = False
 ) -> None:
-    """Check, before anything slow runs, that the data the rules ask for is there and fits.
+    """Check, before anything slow runs, that the data that is there fits the model.
 
     Reads the first batch of each. Afterwards `source` gives checked data: every later batch is
-    compared with the example inputs too.
+    compared with the example inputs too. Whether data is missing is known once the rules are
+    matched (`require_train_data`, `require_calibration_data`).
 
     Args:
-        finetune: whether the fine-tune of the rules is to run.
+        finetune: whether a fine-tune may run.
         scoped: whether a submodule alone is compiled; the shapes around it may then vary.
-        labelled: whether accuracy is needed, so that `eval_data` must have labels.
-        required: whether data may not be missing; what is there is checked in any case.
+        labelled: whether accuracy is needed, so that `eval_data` must be there with labels.
 
     Raises:
-        InputError: data is missing, empty, or does not fit the model; names the function and the
-            batch.
+        InputError: data is empty, or does not fit the model; names the function and the batch.
     """
-    if required:
-        _check_present(source, rules, finetune=finetune, labelled=labelled)
+    if labelled and source.eval_data is None:
+        raise _no_labels(source, f"{source.origin} gives no eval_data()")
     fixed = source.dynamic_shapes is None and not scoped
     needed = [name for name in DATA_FUNCTIONS if name != "train_data" or finetune]
     for name in needed:
@@ -83,30 +74,38 @@ def check_data(
             raise _no_labels(source, "eval_data() yields inputs without labels")
 
 
-def _check_present(source: ModelSource, rules: Rules, *, finetune: bool, labelled: bool) -> None:
-    settings = rules.finetune
-    if finetune and source.train_data is None:
-        for phase, off, asked in (
-            ("sparse", settings.sparse == "none", _prunes),
-            ("quantize", settings.quantize == "none", _quantizes),
-        ):
-            if not off and surely_asked(rules, asked):
-                raise InputError(
-                    "no-training-data",
-                    f"the rules ask for a fine-tune (finetune.{phase}), but {source.origin} gives "
-                    "no train_data()",
-                    hint=f"{how_to_give(source, 'train_data')}, or compile without it: "
-                    "--no-finetune",
-                )
-    no_data = source.calibration_data is None and source.train_data is None
-    if no_data and surely_asked(rules, _quantizes_activations):
-        raise InputError(
-            "no-calibration-data",
-            f"the rules quantize activations, but {source.origin} gives no data to calibrate from",
-            hint=f"{how_to_give(source, 'calibration_data')}: batches of real inputs",
-        )
-    if labelled and source.eval_data is None:
-        raise _no_labels(source, f"{source.origin} gives no eval_data()")
+def require_train_data(source: ModelSource, phase: str) -> DataFactory:
+    """The data that a fine-tune phase (`sparse` or `quantize`) trains on, or InputError."""
+    if source.train_data is not None:
+        return source.train_data
+    raise InputError(
+        "no-training-data",
+        f"the rules ask for a fine-tune (finetune.{phase}), but {source.origin} gives no "
+        "train_data()",
+        hint=f"{how_to_give(source, 'train_data')}, or compile without it: --no-finetune",
+    )
+
+
+def require_calibration_data(source: ModelSource) -> tuple[str, DataFactory]:
+    """The data, with its name, that activation scales come from, or InputError."""
+    for name in ("calibration_data", "train_data"):
+        factory = getattr(source, name)
+        if factory is not None:
+            return name, factory
+    raise InputError(
+        "no-calibration-data",
+        f"the rules quantize activations, but {source.origin} gives no data to calibrate from",
+        hint=f"{how_to_give(source, 'calibration_data')}: batches of real inputs",
+    )
+
+
+def some_batches(source: ModelSource, device: torch.device, limit: int) -> list[Batch]:
+    """A few real batches to compare models on, held-out ones first; none where there is no data."""
+    for name in ("eval_data", "calibration_data", "train_data"):
+        factory = getattr(source, name)
+        if factory is not None:
+            return list(batches(factory, name, device, limit))
+    return []
 
 
 def _no_labels(source: ModelSource, found: str) -> InputError:
@@ -125,50 +124,6 @@ def how_to_give(source: ModelSource, name: str) -> str:
     if ":" in source.origin:
         return "give --data imagefolder:DIR"
     return f"give {name}="
-
-
-def surely_asked(rules: Rules, asks: Callable[[Rule], bool | None]) -> bool:
-    """Whether some rule asks for something that no later rule takes back from all its layers.
-
-    An optional rule may match nothing, so it is sure of nothing.
-
-    Args:
-        asks: whether a rule asks for it, True or False; None where the rule says nothing of it.
-    """
-    answers = [(entry.rule, asks(entry.rule)) for entry in rules.rules]
-    return any(
-        answer is True
-        and not rule.optional
-        and not any(
-            later is False and _covers(other.match, rule.match)
-            for other, later in answers[index + 1 :]
-        )
-        for index, (rule, answer) in enumerate(answers)
-    )
-
-
-def _covers(wide: Match, narrow: Match) -> bool:
-    """Whether `wide` takes every layer that `narrow` does: it has no condition of its own."""
-    return all(
-        value in (None, ("**",), getattr(narrow, key))
-        or (isinstance(value, tuple) and set(value) >= set(getattr(narrow, key) or [None]))
-        for key, value in wide
-    )
-
-
-def _prunes(rule: Rule) -> bool | None:
-    return None if rule.sparsity is None else rule.sparsity != "none"
-
-
-def _quantizes(rule: Rule) -> bool | None:
-    return None if rule.quantize is None else rule.quantize != "none"
-
-
-def _quantizes_activations(rule: Rule) -> bool | None:
-    block = rule.quantize
-    if block is None or block == "none":
-        return None if block is None else False
-    return block.activation != "none" or block.output != "none"
 
 
 def _checked_factory(

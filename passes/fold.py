@@ -13,7 +13,7 @@ import torch
 import torch.fx
 
 from gpusq_compile.compilation import Compilation
-from gpusq_compile.data import batches
+from gpusq_compile.data import some_batches
 from gpusq_compile.errors import InternalError
 from gpusq_compile.finetune.taps import Tap
 from gpusq_compile.graph.edit import (
@@ -68,14 +68,9 @@ def run(compilation: Compilation) -> PassResult:
 
 def record_expected(compilation: Compilation) -> list[Expected]:
     """The fake-quantized graph's outputs on real batches; on the probe where there is no data."""
-    source = compilation.source
-    for name in ("eval_data", "calibration_data", "train_data"):
-        factory = getattr(source, name)
-        if factory is not None:
-            found = batches(factory, name, compilation.device, EXPECTED_BATCHES)
-            calls = [compilation.network.scoped_inputs(batch.inputs) for batch in found]
-            return [record(compilation.ir, args, kwargs) for args, kwargs in calls]
-    return [record(compilation.ir, *compilation.probe)]
+    found = some_batches(compilation.source, compilation.device, EXPECTED_BATCHES)
+    calls = [compilation.network.scoped_inputs(batch.inputs) for batch in found]
+    return [record(compilation.ir, *call) for call in calls or [compilation.probe]]
 
 
 def fold_weight(graph_module: torch.fx.GraphModule, node: torch.fx.Node, plan: LayerPlan) -> None:

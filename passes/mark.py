@@ -14,6 +14,7 @@ import torch
 import torch.fx
 
 from gpusq_compile.compilation import Compilation
+from gpusq_compile.data import require_calibration_data, require_train_data
 from gpusq_compile.graph.query import (
     input_dependent,
     is_weighted,
@@ -27,7 +28,7 @@ from gpusq_compile.graph.roles import find_roles, residual_adds
 from gpusq_compile.language.matching import Candidate, Decision, decide
 from gpusq_compile.language.schema import Distill
 from gpusq_compile.pass_base import Pass, PassResult
-from gpusq_compile.plan import TAP_PLAN, LayerPlan, TapPlan, Treatment, update_plan
+from gpusq_compile.plan import TAP_PLAN, LayerPlan, TapPlan, Treatment, planned, update_plan
 from gpusq_compile.remarks import analysis, missed, passed
 from gpusq_compile.sparsity import PATTERNS, REDUCTION_AXIS
 
@@ -78,7 +79,23 @@ def run(compilation: Compilation) -> PassResult:
         result.matched += 1
         result.changed += 1
         result.remarks.append(passed("tap-marked", f"distill at {role}", offer.candidate.name))
+    if not compilation.options.dry_run:
+        require_data(compilation)
     return result
+
+
+def require_data(compilation: Compilation) -> None:
+    """Raise InputError now, not after minutes of work, for data that the plans need."""
+    plans = [plan for _, plan in planned(compilation.ir.graph)]
+    blocks = [plan.quantize for plan in plans if plan.quantize is not None]
+    settings = compilation.rules.finetune
+    if compilation.options.finetune:
+        if settings.sparse != "none" and any(plan.sparsity for plan in plans):
+            require_train_data(compilation.source, "sparse")
+        if settings.quantize != "none" and blocks:
+            require_train_data(compilation.source, "quantize")
+    if any(block.activation != "none" or block.output != "none" for block in blocks):
+        require_calibration_data(compilation.source)
 
 
 def collect(graph_module: torch.fx.GraphModule) -> list[Offer]:

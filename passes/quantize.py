@@ -12,12 +12,11 @@ import torch
 import torch.fx
 
 from gpusq_compile.compilation import Compilation
-from gpusq_compile.data import batches
+from gpusq_compile.data import batches, require_calibration_data
 from gpusq_compile.errors import InputError
 from gpusq_compile.graph.edit import finish, insert_behind, insert_module_call, inserted_path
 from gpusq_compile.graph.query import tensor_attribute
 from gpusq_compile.language.schema import Calibration
-from gpusq_compile.model_source import DataFactory
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.plan import LayerPlan, planned, update_plan
 from gpusq_compile.quantization.calibrate import Observer, weight_scale
@@ -146,7 +145,7 @@ def calibrate(
         InputError: there is no data, or an activation is not finite.
     """
     settings = compilation.rules.calibration
-    name, factory = calibration_data(compilation)
+    name, factory = require_calibration_data(compilation.source)
     for module in quantizers.values():
         module.to(compilation.device)
         module.observer = Observer()
@@ -186,24 +185,6 @@ def _activation_scale(layer: str, module: FakeQuantize, settings: Calibration) -
         )
     qmax = module.grid.qmax
     return observer.threshold(settings.activation, settings.percentile, qmax) / qmax
-
-
-def calibration_data(compilation: Compilation) -> tuple[str, DataFactory]:
-    """The data that activation scales come from.
-
-    Raises:
-        InputError: the rules quantize activations and the model came with no data.
-    """
-    source = compilation.source
-    if source.calibration_data is not None:
-        return "calibration_data", source.calibration_data
-    if source.train_data is not None:
-        return "train_data", source.train_data
-    raise InputError(
-        "no-calibration-data",
-        f"the rules quantize activations, but {source.origin} gives no data to calibrate from",
-        hint="define calibration_data() in the model file, yielding batches of inputs",
-    )
 
 
 PASS = Pass(

@@ -20,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gpusq_compile.compilation import Compilation
-from gpusq_compile.data import batches
+from gpusq_compile.data import some_batches
 from gpusq_compile.errors import InputError
 from gpusq_compile.graph.query import output_nodes, source_line
 from gpusq_compile.lowering.lift import convention_of
@@ -113,11 +113,9 @@ def probe_inputs(compilation: Compilation) -> tuple[Any, ...]:
     source = compilation.source
     if source.dynamic_shapes is not None:
         return source.example_inputs
-    for name in ("calibration_data", "eval_data", "train_data"):
-        factory = getattr(source, name)
-        if factory is not None:
-            first = next(batches(factory, name, compilation.device, limit=1))
-            return two_samples(first.inputs)
+    found = some_batches(source, compilation.device, limit=1)
+    if found:
+        return two_samples(found[0].inputs)
     return two_samples(source.example_inputs)
 
 

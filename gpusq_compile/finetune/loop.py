@@ -12,7 +12,13 @@ import torch
 import torch.fx
 
 from gpusq_compile.compilation import Compilation
-from gpusq_compile.data import Batch, batches, check_labels, logits_of
+from gpusq_compile.data import (
+    Batch,
+    batches,
+    check_labels,
+    logits_of,
+    require_train_data,
+)
 from gpusq_compile.errors import CheckFailed, InputError
 from gpusq_compile.finetune.losses import (
     LossParts,
@@ -79,7 +85,7 @@ def train(
         CheckFailed: the loss became NaN or infinite; the message names the step and the part.
     """
     student = compilation.ir
-    factory = training_data(compilation, name)
+    factory = require_train_data(compilation.source, name)
     total_steps = planned_steps(compilation, phase, factory)
     unfreeze(student, compilation.frozen)
     optimizer = make_optimizer(student, phase)
@@ -170,7 +176,7 @@ def tap_shares(
     """W_j over a calibration pass; both models are frozen by then, so once is enough."""
     thetas = [tap.theta for tap in taps_of(sparse)]
     sums = [0.0] * len(thetas)
-    factory = training_data(compilation, "quantize")
+    factory = require_train_data(compilation.source, "quantize")
     listen(dense)
     listen(sparse)
     with torch.no_grad():
@@ -187,17 +193,6 @@ def tap_shares(
     listen(dense, False)
     listen(sparse, False)
     return prune_loss_shares(sums, thetas)
-
-
-def training_data(compilation: Compilation, phase: str) -> DataFactory:
-    if compilation.source.train_data is None:
-        raise InputError(
-            "no-training-data",
-            f"the rules ask for a fine-tune (finetune.{phase}), but {compilation.source.origin} "
-            "gives no train_data()",
-            hint="define train_data() in the model file, or compile with --no-finetune",
-        )
-    return compilation.source.train_data
 
 
 def planned_steps(compilation: Compilation, phase: Phase, factory: DataFactory) -> int:
