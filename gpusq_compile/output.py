@@ -123,15 +123,18 @@ def signals_held() -> Iterator[None]:
 
 
 def _listed(output: Path) -> list[str]:
-    """The files an earlier run's manifest lists; only plain names inside the folder count."""
+    """The files an earlier run's manifest lists, as long as they are files inside the folder."""
     try:
-        listed = json.loads((output / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        manifest = json.loads((output / MANIFEST).read_text())
+    except (OSError, ValueError):
         return []
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    names = [name for name in files if isinstance(name, str)] if isinstance(files, dict) else []
+    root = output.resolve()
     return [
         name
-        for name in listed
-        if isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts
+        for name in names
+        if (output / name).is_file() and (output / name).resolve().is_relative_to(root)
     ]
 
 

@@ -88,6 +88,10 @@ def find_roles(graph: torch.fx.Graph) -> Roles:
         role = _linear_role(node, attentions, residuals)
         if role:
             add(role, [node])
+    for node in graph.nodes:
+        unknown = op_of(node) == "linear" and node in dependent and node not in found
+        if unknown and _feeds_mlp(node, found, residuals):
+            add("mlp", [node])
     add("stage_end", _stage_ends(graph, residuals, attentions))
     add("final_projection", _final_projections(graph, classifiers))
     add("classifier", classifiers)
@@ -171,11 +175,24 @@ def _linear_role(
     return None
 
 
+def _feeds_mlp(
+    node: torch.fx.Node, found: dict[torch.fx.Node, list[str]], residuals: list[torch.fx.Node]
+) -> bool:
+    """Whether a linear feeds an `mlp` one: the ungated half of a gated unit (SwiGLU) does."""
+
+    def through(user: torch.fx.Node) -> bool:
+        return _moves_data(user) and user not in residuals
+
+    return any("mlp" in found.get(user, ()) for user in walk_users(node, through))
+
+
 def _classifiers(
     graph: torch.fx.Graph, dependent: set[torch.fx.Node], residuals: set[torch.fx.Node]
 ) -> list[torch.fx.Node]:
     def through(node: torch.fx.Node) -> bool:
-        return _moves_data(node) and node not in residuals
+        # Probabilities in place of logits change nothing about who the classifier is.
+        ends = node.target in SOFTMAX | ACTIVATIONS
+        return (_moves_data(node) or ends) and node not in residuals
 
     found: list[torch.fx.Node] = []
     for output in output_nodes(graph):

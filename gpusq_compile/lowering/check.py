@@ -72,6 +72,8 @@ def _check_layer(graph: _Graph, plan: LayerPlan) -> StoredLayer:
     # MatMul stores [K, N]; Gemm with transB [N, K]; Conv [out, in, kh, kw].
     output_axis = 1 if gemm.op_type == "MatMul" or not _attribute(gemm, "transB", 1) else 0
     by_output = np.moveaxis(stored, output_axis, 0)
+    if by_output.shape != plan.shape:
+        faults.append(f"its weight has shape {list(by_output.shape)}, not {list(plan.shape)}")
     mask_ok = None
     if plan.applied.sparsity is not None:
         pattern = PATTERNS[plan.applied.sparsity]

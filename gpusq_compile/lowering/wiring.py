@@ -51,7 +51,11 @@ def untranspose(weight: gs.Constant) -> bool:
 
 
 def name_quantizers(gemm: gs.Node) -> None:
-    """Name the Q/DQ nodes at a GEMM after it: `LAYER/input_q`, `LAYER/weight_dq`, ..."""
+    """Name the Q/DQ nodes at a GEMM after it: `LAYER/input_q`, `LAYER/weight_dq`, ...
+
+    A quantized input that several layers read bears the name of the last of them.
+    """
+    _name_output_quantizer(gemm)
     for position, side in ((0, "input"), (1, "weight")):
         dequantize = _producer(gemm.inputs[position])
         if dequantize is None or dequantize.op != "DequantizeLinear":
@@ -60,6 +64,16 @@ def name_quantizers(gemm: gs.Node) -> None:
         quantize = _producer(dequantize.inputs[0])
         if quantize is not None and quantize.op == "QuantizeLinear":
             quantize.name = f"{gemm.name}/{side}_q"
+
+
+def _name_output_quantizer(gemm: gs.Node) -> None:
+    readers = list(gemm.outputs[0].outputs)
+    if len(readers) == 1 and readers[0].op == "Add":
+        readers = list(readers[0].outputs[0].outputs)
+    if len(readers) == 1 and readers[0].op == "QuantizeLinear":
+        readers[0].name = f"{gemm.name}/output_q"
+        for dequantize in readers[0].outputs[0].outputs:
+            dequantize.name = f"{gemm.name}/output_dq"
 
 
 def _producer(tensor: gs.Tensor) -> gs.Node | None:
