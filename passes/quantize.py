@@ -184,7 +184,14 @@ def _activation_scale(layer: str, module: FakeQuantize, settings: Calibration) -
             "activation-not-finite", f"calibration met NaN or infinite values at {layer}"
         )
     qmax = module.grid.qmax
-    return observer.threshold(settings.activation, settings.percentile, qmax) / qmax
+    scale = observer.threshold(settings.activation, settings.percentile, qmax) / qmax
+    if scale > torch.finfo(module.scale_dtype).max:
+        raise InputError(
+            "activation-too-large",
+            f"{layer} reaches {observer.maximum:.3g}, beyond what an FP16 scale can say",
+            hint="target: {precision: fp32} in the rules keeps such a model in float32",
+        )
+    return scale
 
 
 PASS = Pass(

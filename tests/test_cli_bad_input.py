@@ -376,7 +376,7 @@ def test_bad_data_is_named_before_the_model_is_traced(
     assert f"error[{code}]: train_data() " in run.error
     line = line_of(path, "# bad") + (1 if "raises" in name else 0)
     assert run.error.startswith(f"variant.py:{line}: ")
-    assert "top-1" not in run.err
+    assert "top-1 dense" not in run.err
     for part in parts:
         assert part in run.error
 
@@ -459,7 +459,7 @@ def test_missing_data_is_an_error_before_anything_slow_runs(
 ) -> None:
     path = variant(folder, extra)
     run = refused(path.name, "--rules", "int8", "--engine", "none", *args)
-    assert "top-1" not in run.err
+    assert "top-1 dense" not in run.err
     for part in parts:
         assert part in run.error
 
@@ -635,7 +635,7 @@ def test_a_bad_option_is_refused_before_anything_runs(name: str, refused: Refuse
     if "tensorrt" in args and tensorrt_is_here():
         pytest.skip("TensorRT is installed here")
     run = refused(TINY, "--rules", "int8", *args)
-    assert "top-1" not in run.err
+    assert "top-1 dense" not in run.err
     for part in parts:
         assert part in run.error
 
@@ -728,7 +728,7 @@ class TestLibraryModels:
         Path("torn/a").mkdir(parents=True)
         Path("torn/a/1.png").write_text("not an image")
         run = refused("timm:test_vit", *ONE_SHOT, *args)
-        assert "top-1" not in run.err
+        assert "top-1 dense" not in run.err
         for part in parts:
             assert part in run.error
 
@@ -765,7 +765,7 @@ class TestOutput:
     def test_a_folder_that_cannot_be_written_is_refused(self, refused: Refused) -> None:
         run = refused(TINY, *ONE_SHOT, output="/proc/gpusq/out")
         assert "error[output-not-writable]: cannot write to /proc/gpusq/out: " in run.error
-        assert "top-1" not in run.err
+        assert "top-1 dense" not in run.err
 
     def test_a_failed_run_leaves_an_earlier_result_alone(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -73,7 +73,8 @@ def _check_layer(graph: _Graph, plan: LayerPlan) -> StoredLayer:
     output_axis = 1 if gemm.op_type == "MatMul" or not _attribute(gemm, "transB", 1) else 0
     by_output = np.moveaxis(stored, output_axis, 0)
     if by_output.shape != plan.shape:
-        faults.append(f"its weight has shape {list(by_output.shape)}, not {list(plan.shape)}")
+        fault = f"its weight has shape {list(by_output.shape)}, not {list(plan.shape)}"
+        return StoredLayer(plan.name, str(stored.dtype), None, stored.nbytes, (fault,))
     mask_ok = None
     if plan.applied.sparsity is not None:
         pattern = PATTERNS[plan.applied.sparsity]

@@ -60,6 +60,8 @@ class Observer:
         """
         if method == "max" or self.limit == 0.0:
             return self.maximum
+        if method == "percentile" and percentile >= 100.0:
+            return self.maximum
         if method == "percentile":
             cumulative = self.counts.cumsum(0) / self.counts.sum()
             index = int(torch.searchsorted(cumulative, percentile / 100.0))

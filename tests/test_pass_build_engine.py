@@ -1,0 +1,101 @@
+"""build_engine: what each layer should become is asked for, and what it became is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gpusq_compile.compilation import Compilation
+from gpusq_compile.errors import GpusqError
+from gpusq_compile.passes.build_engine import marked_gemms
+from gpusq_compile.plan import LayerPlan
+from gpusq_compile.remarks import Kind
+from tests.compilations import begin, fork, remarks_of, run_until
+from tests.models import Shape, TinyViT, images, labelled, seeded
+
+try:
+    import tensorrt_rtx  # noqa: F401
+
+    MISSING = ""
+except Exception as error:
+    MISSING = f"tensorrt_rtx cannot be imported: {error}"
+
+
+@pytest.fixture(scope="module")
+def verified(tmp_path_factory: pytest.TempPathFactory) -> Compilation:
+    model = seeded(TinyViT, Shape(depth=1, dim=64))
+    workdir = tmp_path_factory.mktemp("engine")
+    compilation = begin(model, images(4), "int8", workdir, data=labelled(2))
+    return run_until(compilation, "verify_onnx")
+
+
+def plan(**applied: str | None) -> LayerPlan:
+    return LayerPlan("layer", "linear", (), "layer.weight", (32, 32)).apply(**applied)
+
+
+@pytest.mark.parametrize(
+    ("applied", "expected", "sparse"),
+    [
+        ({"weight": "int8", "activation": "int8", "sparsity": "2:4"}, "int8", True),
+        ({"weight": "int8", "activation": "int8"}, "int8", False),
+        # A weight alone is dequantized before the GEMM, which computes in the target's precision.
+        ({"weight": "int8"}, "fp16", False),
+        ({"activation": "int8"}, "fp16", False),
+        ({"sparsity": "2:4"}, "fp16", True),
+    ],
+)
+def test_a_layer_is_expected_in_the_type_its_plan_leads_to(
+    applied: dict[str, str | None], expected: str, sparse: bool
+) -> None:
+    [gemm] = marked_gemms([plan(**applied)], "fp16")
+    assert (gemm.name, gemm.expected, gemm.sparse) == ("layer", expected, sparse)
+
+
+def test_layers_that_were_left_alone_are_expected_to_be_nothing() -> None:
+    assert marked_gemms([plan()], "fp16") == []
+
+
+def test_no_engine_is_built_where_none_was_asked_for(verified: Compilation) -> None:
+    compilation = run_until(fork(verified), "build_engine")
+    record = compilation.records[-1]
+    assert (record.matched, record.changed, record.skipped) == (5, 0, 5)
+    assert compilation.engine is not None
+    assert compilation.engine.targets == {}
+    assert remarks_of(compilation, "build_engine", Kind.MISSED) == []
+    assert not list(compilation.workdir.rglob("*.plan"))
+
+
+@pytest.mark.skipif(bool(MISSING), reason=MISSING or "tensorrt_rtx is here")
+def test_every_planned_layer_is_int8_in_a_real_engine(
+    verified: Compilation, tmp_path: Path
+) -> None:
+    compilation = fork(verified)
+    (tmp_path / "model.onnx").write_bytes((verified.workdir / "model.onnx").read_bytes())
+    compilation.workdir = tmp_path
+    compilation.options = type(compilation.options)(finetune=False, engine="tensorrt-rtx")
+    run_until(compilation, "build_engine")
+    assert compilation.engine is not None
+    assert list(tmp_path.rglob("*.plan"))
+    for engine in compilation.engine.targets.values():
+        assert {gemm.name: gemm.actual for gemm in engine.gemms} == {
+            name: "int8"
+            for name in (
+                "stem",
+                *(f"layers.0.{n}" for n in ("mix.wide", "mix.back", "feed.up", "feed.down")),
+            )
+        }
+    assert remarks_of(compilation, "build_engine", Kind.MISSED) == []
+
+
+@pytest.mark.skipif(bool(MISSING), reason=MISSING or "tensorrt_rtx is here")
+def test_a_file_that_is_no_model_is_an_error_and_leaves_no_engine(
+    verified: Compilation, tmp_path: Path
+) -> None:
+    compilation = fork(verified)
+    (tmp_path / "model.onnx").write_bytes(b"nothing that could be parsed")
+    compilation.workdir = tmp_path
+    compilation.options = type(compilation.options)(finetune=False, engine="tensorrt-rtx")
+    with pytest.raises(GpusqError):
+        run_until(compilation, "build_engine")
+    assert not list(tmp_path.rglob("*.plan"))

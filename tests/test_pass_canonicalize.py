@@ -1,0 +1,189 @@
+"""canonicalize: each rewrite keeps the function, and what is not rewritten has its reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpusq_compile.compilation import Compilation
+from gpusq_compile.graph.query import tensor_attribute
+from gpusq_compile.passes import canonicalize
+from gpusq_compile.remarks import Kind
+from tests.compilations import begin, make_rules, remarks_of, run_until, targets
+from tests.models import Convolution, Perceptron, noise, seeded
+
+TOLERANCE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def canonical(model: nn.Module, *inputs: Tensor) -> Compilation:
+    """The graph after the pass, whose outputs are compared with the eager model's."""
+    compilation = run_until(begin(model.eval(), inputs, make_rules()), "canonicalize")
+    with torch.no_grad():
+        torch.testing.assert_close(compilation.ir(*inputs), model(*inputs), **TOLERANCE)
+    return compilation
+
+
+def convolution(*args: Any, size: tuple[int, int] = (8, 8), **kwargs: Any) -> Compilation:
+    model = seeded(Convolution, *args, **kwargs)
+    return canonical(model, noise(2, args[0], *size))
+
+
+# --- identities and views ------------------------------------------------------------------------
+
+
+class Identities(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.drop(x).detach().transpose(0, 1).contiguous()
+        return F.relu(y).transpose(0, 1)
+
+
+def test_dropout_detach_and_contiguous_are_removed() -> None:
+    found = targets(canonical(Identities(), noise(4, 6)))
+    assert found == ["aten.transpose.int", "aten.relu.default", "aten.transpose.int"]
+
+
+def test_a_dropout_that_drops_is_kept() -> None:
+    """Monte-Carlo dropout is part of the function: only an inactive dropout is an identity."""
+    compilation = run_until(begin(seeded(Perceptron), noise(2, 32), make_rules()), "trace")
+    graph = compilation.ir.graph
+    last = next(node for node in reversed(graph.nodes) if node.op == "call_function")
+    with graph.inserting_after(last):
+        drop = graph.call_function(torch.ops.aten.dropout.default, (last, 0.5, True))
+    assert canonicalize.remove_identity(compilation.ir, drop) is None
+    assert drop in graph.nodes
+
+
+class Views(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(x.shape[0], 2, -1).transpose(1, 2)
+
+
+def test_a_view_becomes_a_reshape_which_is_legal_for_any_strides() -> None:
+    compilation = canonical(Views(), noise(4, 6))
+    assert "aten.view.default" not in targets(compilation)
+    assert "aten.reshape.default" in targets(compilation)
+
+
+# --- patch embeddings ----------------------------------------------------------------------------
+
+PATCHES: dict[str, tuple[tuple[Any, ...], dict[str, Any], tuple[int, int]]] = {
+    "square": ((2, 8, 4), {"stride": 4}, (8, 8)),
+    "wide image": ((2, 8, 4), {"stride": 4}, (4, 12)),
+    "oblong patch": ((2, 8, (2, 4)), {"stride": (2, 4)}, (8, 8)),
+    "without bias": ((2, 8, 2), {"stride": 2, "bias": False}, (8, 4)),
+    "explicitly unpadded": ((2, 8, 4), {"stride": 4, "padding": "valid"}, (8, 8)),
+}
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_a_convolution_over_patches_becomes_a_linear(name: str) -> None:
+    args, kwargs, size = PATCHES[name]
+    compilation = convolution(*args, size=size, **kwargs)
+    assert not any("conv" in target for target in targets(compilation))
+    assert "aten.linear.default" in targets(compilation)
+    [remark] = remarks_of(compilation, "canonicalize", Kind.PASSED)
+    assert (remark.code, remark.layer) == ("patchify", "conv")
+    weight = tensor_attribute(compilation.ir, "conv.weight")
+    height, width = torch.zeros(1, 1, *_pair(args[2])).shape[2:]
+    assert weight.shape == (args[1], args[0] * height * width)
+    assert isinstance(weight, nn.Parameter)
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return value if isinstance(value, tuple) else (value, value)
+
+
+def test_the_rewritten_patch_embedding_takes_any_batch() -> None:
+    model = seeded(Convolution, 2, 8, 4, stride=4)
+    compilation = canonical(model, noise(2, 2, 8, 8))
+    for count in (1, 5):
+        batch = noise(count, 2, 8, 8)
+        with torch.no_grad():
+            torch.testing.assert_close(compilation.ir(batch), model(batch), **TOLERANCE)
+
+
+REFUSED: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
+    "pointwise": ((4, 8, 1), {}, "a 1x1 convolution is a GEMM as it is"),
+    "overlapping": (
+        (2, 8, 3),
+        {"stride": 2},
+        "patches overlap or leave gaps: kernel (3, 3), stride (2, 2)",
+    ),
+    "with gaps": (
+        (2, 8, 2),
+        {"stride": 4},
+        "patches overlap or leave gaps: kernel (2, 2), stride (4, 4)",
+    ),
+    "padded": ((2, 8, 4), {"stride": 4, "padding": 2}, "padded by [2, 2]"),
+    "dilated": (
+        (2, 8, 2),
+        {"stride": 2, "dilation": 2},
+        "dilation (2, 2), groups 1",
+    ),
+    "grouped": ((2, 8, 4), {"stride": 4, "groups": 2}, "dilation (1, 1), groups 2"),
+    "with a rest": (
+        (2, 8, 3),
+        {"stride": 3},
+        "image 8x8 is no multiple of the patch 3x3",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_another_convolution_stays_and_says_why(name: str) -> None:
+    args, kwargs, reason = REFUSED[name]
+    compilation = convolution(*args, **kwargs)
+    assert "aten.conv2d.default" in targets(compilation)
+    [remark] = remarks_of(compilation, "canonicalize", Kind.ANALYSIS)
+    assert (remark.code, remark.layer) == ("patchify", "conv")
+    assert remark.reason == f"left a convolution: {reason}"
+    record = compilation.records[-1]
+    assert (record.name, record.skipped) == ("canonicalize", 1)
+
+
+class Computed(Convolution):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.conv.weight.tanh(), stride=4)
+
+
+class Shared(Convolution):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + self.conv(2 * x)
+
+
+def test_a_computed_weight_is_left_alone() -> None:
+    compilation = canonical(seeded(Computed, 2, 8, 4, stride=4), noise(2, 2, 8, 8))
+    [remark] = remarks_of(compilation, "canonicalize", Kind.ANALYSIS)
+    assert remark.reason == "left a convolution: the weight is computed in the graph"
+
+
+def test_a_shared_weight_is_left_alone_for_both_that_read_it() -> None:
+    compilation = canonical(seeded(Shared, 2, 8, 4, stride=4), noise(2, 2, 8, 8))
+    reasons = [remark.reason for remark in remarks_of(compilation, "canonicalize", Kind.ANALYSIS)]
+    assert reasons == ["left a convolution: the weight is shared with another operator"] * 2
+
+
+def test_a_convolution_that_pads_by_name_is_known_as_a_convolution() -> None:
+    compilation = convolution(4, 8, 3, padding="same")
+    assert "aten.conv2d.default" in targets(compilation)
+    [remark] = remarks_of(compilation, "canonicalize", Kind.ANALYSIS)
+    assert remark.reason.endswith("patches overlap or leave gaps: kernel (3, 3), stride (1, 1)")
+
+
+def test_an_image_of_any_size_is_left_alone() -> None:
+    model = seeded(Convolution, 2, 8, 4, stride=4)
+    compilation = begin(model, noise(2, 2, 8, 8), make_rules())
+    # Only the divisible sizes are legal inputs of this graph, so that torch can trace it.
+    height = 4 * torch.export.Dim("rows", min=1, max=64)
+    compilation.source.dynamic_shapes = ({0: torch.export.Dim("batch"), 2: height},)
+    run_until(compilation, "canonicalize")
+    [remark] = remarks_of(compilation, "canonicalize", Kind.ANALYSIS)
+    assert "image size is not static" in remark.reason

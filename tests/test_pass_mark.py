@@ -1,0 +1,269 @@
+"""mark: every weighted operator gets a plan; what its shape forbids is refused with a reason."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpusq_compile.compilation import Compilation
+from gpusq_compile.errors import CheckFailed, InputError
+from gpusq_compile.plan import TAP_PLAN, Treatment
+from gpusq_compile.remarks import Kind
+from tests.compilations import (
+    INT8,
+    SPARSE,
+    TAPS,
+    begin,
+    make_rules,
+    plan_of,
+    plans_of,
+    remarks_of,
+    run_until,
+)
+from tests.models import Convolution, Perceptron, Shape, TinyViT, images, noise, seeded
+
+EVERYTHING = {
+    "id": "all",
+    "match": {"op": ["linear", "conv2d"]},
+    "sparsity": SPARSE,
+    "quantize": INT8,
+}
+
+
+def marked(model: nn.Module, inputs: Tensor, *rules: Any, **rest: Any) -> Compilation:
+    document = make_rules(*(rules or (EVERYTHING,)), **rest)
+    return run_until(begin(model.eval(), inputs, document), "mark")
+
+
+def test_a_plan_says_what_was_asked_for_and_nothing_is_applied_yet() -> None:
+    plan = plan_of(marked(seeded(Perceptron), noise(2, 32)), "first")
+    assert (plan.op, plan.weight, plan.shape) == ("linear", "first.weight", (64, 32))
+    assert plan.requested == Treatment(sparsity="2:4", weight="int8", activation="int8")
+    assert plan.applied == Treatment()
+    assert plan.reasons == ()
+    assert plan.sparsity is not None
+    assert plan.quantize is not None
+
+
+def test_a_layer_that_no_rule_names_has_an_empty_plan() -> None:
+    rule = {**EVERYTHING, "match": {"name": "first"}}
+    plan = plan_of(marked(seeded(Perceptron), noise(2, 32), rule), "second")
+    assert plan.requested == Treatment()
+    assert plan.rules == ()
+
+
+def test_a_plan_names_each_rule_that_matched_with_its_file_and_line(tmp_path: Path) -> None:
+    file = tmp_path / "my.yaml"
+    file.write_text(
+        textwrap.dedent(
+            """\
+            version: 1
+            rules:
+              - id: everything
+                match: {op: linear}
+                sparsity: {pattern: "2:4"}
+                quantize: {weight: int8}
+              - id: dense-second
+                match: {name: second}
+                sparsity: none
+            """
+        )
+    )
+    compilation = run_until(begin(seeded(Perceptron), noise(2, 32), file), "mark")
+    plan = plan_of(compilation, "second")
+    assert plan.requested.sparsity is None
+    assert plan.requested.weight == "int8"
+    assert plan.rules == (
+        f"{file}:3 everything: sparsity (overridden), quantize",
+        f"{file}:7 dense-second: sparsity",
+    )
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+class Computed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(32, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight / self.weight.norm())
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.same = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.same(F.relu(self.same(x)))
+
+
+class Constant(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(1, 32))
+        self.position = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.position(self.table)
+
+
+class Buffered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("basis", torch.randn(32, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.get_buffer("basis"))
+
+
+REFUSED: dict[str, tuple[nn.Module, Tensor, str, str]] = {
+    "computed weight": (
+        Computed(),
+        noise(2, 32),
+        "linear",
+        "the weight is computed in the graph, not stored",
+    ),
+    "shared weight": (
+        Shared(),
+        noise(2, 32),
+        "same",
+        "2 operators read the weight same.weight",
+    ),
+    "constant input": (
+        Constant(),
+        noise(2, 32),
+        "position",
+        "its input is a constant, so the layer runs once, when the engine is built",
+    ),
+    "grouped convolution": (
+        Convolution(8, 8, 3, groups=2),
+        noise(2, 8, 8, 8),
+        "conv",
+        "grouped convolution (2 groups)",
+    ),
+    "weight in a buffer": (
+        Buffered(),
+        noise(2, 32),
+        "basis",
+        "the weight basis is a buffer, not a parameter",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_layer_that_cannot_be_compressed_is_left_whole_with_the_reason(name: str) -> None:
+    model, inputs, layer, reason = REFUSED[name]
+    compilation = marked(model, inputs)
+    plan = plan_of(compilation, layer)
+    assert plan.reasons == (reason,)
+    assert plan.sparsity is None
+    assert plan.quantize is None
+    assert plan.requested.weight == "int8"
+    remarks = remarks_of(compilation, "mark", Kind.MISSED)
+    assert (remarks[0].code, remarks[0].layer, remarks[0].reason) == ("refused", layer, reason)
+    record = compilation.records[-1]
+    assert record.changed == 0
+    assert record.skipped == record.matched == len(plans_of(compilation))
+
+
+def test_a_reduction_axis_that_has_no_groups_of_four_is_quantized_dense() -> None:
+    plan = plan_of(marked(seeded(Perceptron, (30, 64, 32)), noise(2, 30)), "first")
+    assert plan.reasons == ("2:4 needs a reduction axis that is a multiple of 4, found 30",)
+    assert plan.sparsity is None
+    assert plan.quantize is not None
+
+
+def test_a_refused_layer_can_still_be_compiled_around() -> None:
+    """The refusal is the last word: no later pass touches the layer."""
+    for model, inputs, layer, _ in REFUSED.values():
+        compilation = run_until(begin(model.eval(), inputs, make_rules(EVERYTHING)), "fold")
+        assert plan_of(compilation, layer).applied == Treatment()
+
+
+# --- names ---------------------------------------------------------------------------------------
+
+
+class Alike(nn.Module):
+    """Two layers whose names differ only in the character that cannot be in an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Sequential(nn.Linear(32, 32))
+        self.a_0 = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a_0(F.relu(self.a(x)))
+
+
+def test_layers_of_nearly_the_same_name_keep_apart_through_every_pass() -> None:
+    compilation = run_until(begin(Alike().eval(), noise(2, 32), make_rules(EVERYTHING)), "quantize")
+    assert list(plans_of(compilation)) == ["a.0", "a_0"]
+    modules = [node.target for node in compilation.ir.graph.nodes if node.op == "call_module"]
+    assert len(modules) == len(set(modules)) == 6
+
+
+def test_a_weight_that_is_used_twice_is_two_layers() -> None:
+    assert list(plans_of(marked(Shared(), noise(2, 32)))) == ["same", "same#2"]
+
+
+# --- taps and rules ------------------------------------------------------------------------------
+
+
+def tap_names(compilation: Compilation) -> list[str]:
+    nodes = compilation.ir.graph.nodes
+    return [node.meta[TAP_PLAN].name for node in nodes if TAP_PLAN in node.meta]
+
+
+@pytest.mark.parametrize(("every", "expected"), [(1, [0, 1, 2]), (2, [1, 2]), (3, [2]), (5, [2])])
+def test_every_nth_layer_is_tapped_and_always_the_last(every: int, expected: list[int]) -> None:
+    rule = {"id": "t", "match": {"name": "**.down"}, "distill": {"every": every}}
+    compilation = marked(seeded(TinyViT, Shape(depth=3)), images(2), rule)
+    assert tap_names(compilation) == [f"layers.{index}.feed.down" for index in expected]
+
+
+def test_a_tap_carries_its_theta_and_role() -> None:
+    rule = {**TAPS, "distill": {"theta": 2.5}}
+    compilation = marked(seeded(TinyViT), images(2), rule)
+    plans = [n.meta[TAP_PLAN] for n in compilation.ir.graph.nodes if TAP_PLAN in n.meta]
+    assert [(plan.role, plan.distill.theta) for plan in plans] == [
+        ("patch_embed", 2.5),
+        ("stage_end", 2.5),
+        ("final_projection", 2.5),
+    ]
+
+
+def test_marking_changes_no_operator() -> None:
+    before = run_until(begin(seeded(TinyViT), images(2), make_rules()), "canonicalize")
+    code = before.ir.code
+    after = run_until(before, "mark")
+    assert after.ir.code == code
+    assert after.records[-1].change == 0.0
+
+
+def test_a_rule_that_matches_nothing_is_an_error_that_names_the_nearest_layer() -> None:
+    rule = {**EVERYTHING, "match": {"name": "frist"}}
+    with pytest.raises(InputError) as caught:
+        marked(seeded(Perceptron), noise(2, 32), rule)
+    assert caught.value.code == "rule-unmatched"
+    assert "first" in str(caught.value.hint)
+
+
+def test_a_rule_that_expects_another_count_fails_the_compile() -> None:
+    with pytest.raises(CheckFailed) as caught:
+        marked(seeded(Perceptron), noise(2, 32), {**EVERYTHING, "expect": 3})
+    assert caught.value.code == "expect-mismatch"
+
+
+def test_a_rule_that_decides_nothing_is_noted() -> None:
+    compilation = marked(seeded(Perceptron), noise(2, 32), {**EVERYTHING, "id": "lost"}, EVERYTHING)
+    [remark] = [r for r in remarks_of(compilation, "mark") if r.code == "rule-shadowed"]
+    assert "'lost' decides nothing" in remark.reason

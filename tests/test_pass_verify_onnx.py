@@ -1,0 +1,214 @@
+"""verify_onnx: the written file is read back, judged layer by layer, and run on real batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor
+
+from gpusq_compile.compilation import Compilation
+from gpusq_compile.errors import CheckFailed
+from gpusq_compile.language.schema import Verify
+from gpusq_compile.lowering.runtime import Expected, Numerics, compare
+from gpusq_compile.remarks import Kind
+from tests.compilations import begin, fork, remarks_of, run_until
+from tests.models import Shape, TinyViT, images, labelled, noise, seeded
+
+
+@pytest.fixture(scope="module")
+def operated() -> Compilation:
+    model = seeded(TinyViT, Shape(depth=1))
+    compilation = begin(model, images(4), "int8", data=labelled(2), eval_data=labelled(3, seed=2))
+    return run_until(compilation, "surgery")
+
+
+@pytest.fixture
+def ready(operated: Compilation, tmp_path: Path) -> Compilation:
+    """A copy with a model and a folder of its own, about to be verified."""
+    compilation = fork(operated)
+    compilation.workdir = tmp_path
+    assert operated.onnx_model is not None
+    compilation.onnx_model = onnx.ModelProto()
+    compilation.onnx_model.CopyFrom(operated.onnx_model)
+    return compilation
+
+
+def limited(compilation: Compilation, **limits: Any) -> Compilation:
+    file = compilation.rules.file.model_copy(update={"verify": Verify(**limits)})
+    rules = compilation.rules
+    compilation.rules = type(rules)(file, rules.rules, rules.sources)
+    return compilation
+
+
+def failure(compilation: Compilation) -> CheckFailed:
+    with pytest.raises(CheckFailed) as caught:
+        run_until(compilation, "verify_onnx")
+    assert caught.value.code == "verify"
+    assert caught.value.exit_code == 1
+    assert compilation.verify["ok"] is False
+    return caught.value
+
+
+def test_a_model_as_compiled_is_verified_and_the_numbers_are_told(ready: Compilation) -> None:
+    run_until(ready, "verify_onnx")
+    assert (ready.workdir / "model.onnx").is_file()
+    assert ready.verify["ok"] is True
+    assert ready.verify["structure"] == {"layers": 5, "faults": []}
+    numerics = ready.verify["numerics"]
+    assert numerics["samples"] == 16
+    assert 0.999 < numerics["min_cosine"] <= 1.000001
+    assert numerics["top1_agreement"] == 1.0
+    assert 0 < numerics["max_difference"] < 0.1
+    assert ready.verify["limits"] == Verify().model_dump(mode="json")
+    assert ready.facts >= {"verified"}
+    assert {remark.code for remark in remarks_of(ready, "verify_onnx", Kind.PASSED)} == {
+        "structure"
+    }
+
+
+def test_top1_of_the_file_is_measured_on_the_evaluation_data(ready: Compilation) -> None:
+    run_until(ready, "verify_onnx")
+    session = onnxruntime.InferenceSession(str(ready.workdir / "model.onnx"))
+    right = sum(
+        int((session.run(None, {"x": inputs.numpy()})[0].argmax(axis=1) == labels.numpy()).sum())
+        for inputs, labels in labelled(3, seed=2)
+    )
+    assert ready.accuracy["onnx"] == right / 24
+
+
+@pytest.mark.parametrize(
+    ("limits", "name"),
+    [
+        ({"min_cosine": 1.0}, "limit min_cosine 1.0"),
+        ({"max_difference": 1e-9}, "limit max_difference 1e-09"),
+    ],
+)
+def test_a_limit_that_is_not_kept_fails_by_its_name(
+    ready: Compilation, limits: dict[str, float], name: str
+) -> None:
+    error = failure(limited(ready, **limits))
+    assert name in error.message
+
+
+def test_a_file_that_computes_something_else_fails(ready: Compilation) -> None:
+    """The structure is perfect, and two output channels are swapped."""
+    assert ready.onnx_model is not None
+    for tensor in ready.onnx_model.graph.initializer:
+        if tensor.name == "logits.weight":
+            swapped = np.array(numpy_helper.to_array(tensor))[::-1]
+            tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(swapped), tensor.name))
+    error = failure(ready)
+    assert "limit min_cosine" in error.message
+    assert "more, in the report" in error.message
+    assert ready.verify["structure"]["faults"] == []
+
+
+def test_a_file_with_a_broken_layer_fails_by_the_layers_name(ready: Compilation) -> None:
+    assert ready.onnx_model is not None
+    for tensor in ready.onnx_model.graph.initializer:
+        if tensor.name == "layers.0.feed.up.weight":
+            dense = np.maximum(np.array(numpy_helper.to_array(tensor)), 1)
+            tensor.CopyFrom(numpy_helper.from_array(dense, tensor.name))
+    error = failure(ready)
+    assert error.message.startswith("layers.0.feed.up: ")
+    assert "groups break 2:4" in error.message
+    [fault] = ready.verify["structure"]["faults"]
+    assert fault.startswith("layers.0.feed.up: ")
+
+
+# --- the comparison ------------------------------------------------------------------------------
+
+
+def identity(count: int = 1) -> onnxruntime.InferenceSession:
+    """A model that returns each of its inputs, of any shape."""
+    names = [f"x{index}" for index in range(count)]
+    nodes = [helper.make_node("Identity", [name], [f"y{name}"]) for name in names]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
+    results = [helper.make_tensor_value_info(f"y{n}", TensorProto.FLOAT, None) for n in names]
+    graph = helper.make_graph(nodes, "identity", values, results)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    return onnxruntime.InferenceSession(model.SerializeToString())
+
+
+def first(outputs: list[Tensor]) -> Tensor:
+    return outputs[0]
+
+
+def compared(*pairs: tuple[Tensor, Tensor], logits: bool = False) -> Numerics:
+    """(found, reference) of each output, in one batch; with `logits` the first output is them."""
+    found, reference = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    expected = [Expected(found, reference)]
+    return compare(expected, identity(len(pairs)), first if logits else None)
+
+
+def test_equal_outputs_are_equal_whatever_their_shape() -> None:
+    for output in (noise(3, 5), noise(3, 2, 4), noise(3), torch.zeros(3, 5), torch.ones(1, 1)):
+        numerics = compared((output, output))
+        assert numerics.min_cosine == pytest.approx(1.0)
+        assert (numerics.max_difference, numerics.top1_agreement) == (0.0, None)
+        assert numerics.shortfalls(Verify()) == []
+
+
+def test_the_worst_sample_and_the_worst_output_count() -> None:
+    good = torch.eye(4)
+    bad = good.clone()
+    bad[2] = -good[2]
+    numerics = compared((good, good), (bad, good), logits=True)
+    assert numerics.min_cosine == pytest.approx(-1.0)
+    assert numerics.worst_output == 1
+    assert numerics.max_difference == pytest.approx(2 / good.std(correction=0).item())
+    assert numerics.top1_agreement == 1.0
+
+
+def test_differences_are_in_standard_deviations_of_the_reference() -> None:
+    reference = torch.tensor([[0.0, 2.0, 0.0, 2.0]])
+    numerics = compared((reference + 0.5, reference))
+    assert numerics.max_difference == pytest.approx(0.5)
+    scaled = compared((100 * reference + 50, 100 * reference))
+    assert scaled.max_difference == pytest.approx(0.5)
+
+
+def test_top1_agrees_unless_the_classes_are_clearly_apart() -> None:
+    rows, flipped = torch.tensor([[1.0, 0.99, -1.0], [1.0, 0.5, -1.0]] * 4), slice(0, 2)
+    reference, found = rows, rows.clone()
+    found[:, flipped] = found[:, flipped].flip(1)
+    numerics = compared((found, reference), logits=True)
+    assert numerics.disagreements == 4
+    assert numerics.top1_agreement == 0.5
+    shortfalls = " ".join(numerics.shortfalls(Verify(min_cosine=-1)))
+    assert "top-1 on 50.0%, limit min_top1_agreement 97.0%" in shortfalls
+
+
+def test_of_few_samples_one_may_differ() -> None:
+    reference = torch.tensor([[1.0, 0.5, -1.0]] * 8)
+    found = reference.clone()
+    found[3] = found[3, [1, 0, 2]]
+    numerics = compared((found, reference), logits=True)
+    assert numerics.disagreements == 1
+    assert numerics.shortfalls(Verify(min_cosine=-1, max_difference=10)) == []
+
+
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_a_nan_in_any_output_fails_every_limit_it_touches(where: int) -> None:
+    outputs = [noise(4, 6) for _ in range(3)]
+    found = [output.clone() for output in outputs]
+    found[where][1, 2] = float("nan")
+    numerics = compared(*zip(found, outputs, strict=True))
+    shortfalls = " ".join(numerics.shortfalls(Verify()))
+    assert "limit min_cosine" in shortfalls
+    assert "limit max_difference" in shortfalls
+    assert numerics.worst_output == where
+
+
+def test_a_nan_in_an_earlier_batch_is_not_forgotten() -> None:
+    good, bad = noise(4, 6), torch.full((4, 6), float("nan"))
+    records = [Expected([bad], [good]), Expected([good], [good])]
+    numerics = compare(records, identity(), None)
+    assert len(numerics.shortfalls(Verify())) == 2
