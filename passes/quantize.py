@@ -160,7 +160,11 @@ def calibrate(
         scale = _activation_scale(layer, module, settings)
         if scale < MIN_SCALE:
             result.remarks.append(
-                missed("dead-activation", "all calibration values were zero; scale clamped", layer)
+                missed(
+                    "dead-activation",
+                    "calibration met next to nothing but zeros; the scale is the smallest there is",
+                    layer,
+                )
             )
         module.set_scale(torch.tensor(scale, device=compilation.device))
         module.observer = None

@@ -15,7 +15,13 @@ import onnx_graphsurgeon as gs
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.errors import InternalError
 from gpusq_compile.lowering.precision import to_half
-from gpusq_compile.lowering.wiring import GEMM_OPS, consumers, name_quantizers, untranspose
+from gpusq_compile.lowering.wiring import (
+    GEMM_OPS,
+    consumers,
+    name_batch,
+    name_quantizers,
+    untranspose,
+)
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.plan import planned
 from gpusq_compile.remarks import passed
@@ -41,6 +47,8 @@ def run(compilation: Compilation) -> PassResult:
         result.changed += 1
         if moved:
             result.remarks.append(passed("untransposed", "weight stored as [K, N]", plan.name))
+    if compilation.source.dynamic_shapes is None:
+        name_batch(graph)
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
     model = gs.export_onnx(graph, do_type_check=False)
     if compilation.rules.target.precision == "fp16":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -74,6 +75,20 @@ def _name_output_quantizer(gemm: gs.Node) -> None:
         readers[0].name = f"{gemm.name}/output_q"
         for dequantize in readers[0].outputs[0].outputs:
             dequantize.name = f"{gemm.name}/output_dq"
+
+
+def name_batch(graph: gs.Graph, name: str = "batch") -> None:
+    """Call the inputs' dynamic first dimension by a name, in place of the exporter's symbol."""
+    sizes = [tensor.shape[0] for tensor in graph.inputs if tensor.shape]
+    symbols = {size for size in sizes if isinstance(size, str)}
+    if len(symbols) != 1:
+        return
+    symbol = re.compile(rf"\b{re.escape(symbols.pop())}\b")
+    for tensor in graph.tensors().values():
+        if isinstance(tensor, gs.Variable) and tensor.shape is not None:
+            tensor.shape = [
+                symbol.sub(name, size) if isinstance(size, str) else size for size in tensor.shape
+            ]
 
 
 def _producer(tensor: gs.Tensor) -> gs.Node | None:
