@@ -34,7 +34,8 @@ from gpusq_compile.graph.query import tensor_attribute
 from gpusq_compile.graph.text import graph_text
 from gpusq_compile.language.loader import Rules, load_rules
 from gpusq_compile.language.schema import Compute
-from gpusq_compile.model_source import DataFactory, ModelSource, check_source, load_source
+from gpusq_compile.load_model import load_source
+from gpusq_compile.model_source import DataFactory, ModelSource, check_source
 from gpusq_compile.network import Network
 from gpusq_compile.output import REPORT, REPRO, publish, staging, write_json
 from gpusq_compile.passes import PIPELINE, mark

@@ -16,10 +16,8 @@ from gpusq_compile.model_source import (
     DATA_FUNCTIONS,
     DataFactory,
     ModelSource,
-    call_user,
-    defined_at,
-    user_error,
 )
+from gpusq_compile.user_code import call_user, defined_at, user_error
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from gpusq_compile.accuracy import measure_top1
 from gpusq_compile.compilation import Compilation, PassRecord
 from gpusq_compile.errors import InternalError
 from gpusq_compile.graph.text import graph_text
-from gpusq_compile.graph.verifier import verify_ir
 from gpusq_compile.numerics import largest_difference
 from gpusq_compile.pass_base import Pass
 from gpusq_compile.remarks import Kind
+from gpusq_compile.verifier import verify_ir
 
 MEASURED_BEFORE = {"sparsify": "dense"}
 MEASURED_AFTER = {

@@ -8,7 +8,7 @@ W_j. Guarantees `quantized_tuned`.
 from __future__ import annotations
 
 from gpusq_compile.compilation import Compilation
-from gpusq_compile.finetune.loop import train
+from gpusq_compile.finetune.loop import skip_reason, skipped, train
 from gpusq_compile.finetune.taps import taps_of
 from gpusq_compile.finetune.teacher import frozen_copy
 from gpusq_compile.language.schema import QuantizePhase
@@ -21,18 +21,11 @@ def run(compilation: Compilation) -> PassResult:
     result = PassResult(matched=1)
     graph_module = compilation.ir
     phase = compilation.rules.finetune.quantize
-    quantizers = [m for m in graph_module.modules() if isinstance(m, FakeQuantize)]
-    reason = None
-    if not compilation.options.finetune:
-        reason = "switched off (--no-finetune)"
-    elif not isinstance(phase, QuantizePhase):
-        reason = "switched off by the rules (finetune.quantize: none)"
-    elif not quantizers:
-        reason = "no layer is quantized"
+    reason = skip_reason(compilation, "quantize", FakeQuantize)
     if reason is not None:
         result.skipped = 1
         result.remarks.append(analysis("finetune-skipped", reason))
-        compilation.finetune["quantize"] = {"steps": 0, "stopped_by": "skipped", "reason": reason}
+        compilation.finetune["quantize"] = {**skipped(reason), "tap_weights": {}}
         return result
     assert isinstance(phase, QuantizePhase)
     weights = compilation.tap_weights or []

@@ -8,7 +8,7 @@ teacher is dropped. Guarantees `sparse_tuned`: masked weights are zero in storag
 from __future__ import annotations
 
 from gpusq_compile.compilation import Compilation
-from gpusq_compile.finetune.loop import tap_shares, train
+from gpusq_compile.finetune.loop import skip_reason, skipped, tap_shares, train
 from gpusq_compile.finetune.taps import taps_of
 from gpusq_compile.finetune.teacher import frozen_copy, zero_masked_weights
 from gpusq_compile.language.schema import Phase
@@ -23,22 +23,15 @@ def run(compilation: Compilation) -> PassResult:
     settings = compilation.rules.finetune
     phase = settings.sparse
     graph_module = compilation.ir
-    masks = [module for module in graph_module.modules() if isinstance(module, Mask)]
     quantizes = any(plan.quantize for _, plan in planned(graph_module.graph))
     next_phase = compilation.options.finetune and settings.quantize != "none" and quantizes
-    reason = None
-    if not compilation.options.finetune:
-        reason = "switched off (--no-finetune)"
-    elif not isinstance(phase, Phase):
-        reason = "switched off by the rules (finetune.sparse: none)"
-    elif not masks:
-        reason = "no layer is sparse"
+    reason = skip_reason(compilation, "sparse", Mask)
     dense = frozen_copy(graph_module, without=Mask) if reason is None or next_phase else None
     zero_masked_weights(graph_module)
     if reason is not None:
         result.skipped = 1
         result.remarks.append(analysis("finetune-skipped", reason))
-        compilation.finetune["sparse"] = {"steps": 0, "stopped_by": "skipped", "reason": reason}
+        compilation.finetune["sparse"] = skipped(reason)
     else:
         assert dense is not None
         assert isinstance(phase, Phase)

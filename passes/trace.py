@@ -24,9 +24,9 @@ from gpusq_compile.data import some_batches
 from gpusq_compile.errors import InputError
 from gpusq_compile.graph.query import output_nodes, source_line
 from gpusq_compile.lowering.lift import convention_of
-from gpusq_compile.model_source import user_error
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.remarks import analysis, missed
+from gpusq_compile.user_code import user_error
 
 MIN_BATCH = 2
 """`torch.export` specializes batch sizes 0 and 1, so the trace needs two or more."""

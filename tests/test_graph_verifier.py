@@ -12,9 +12,9 @@ from torch import nn
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.errors import InternalError
 from gpusq_compile.graph.edit import insert_module_call
-from gpusq_compile.graph.verifier import LAWS, verify_ir
 from gpusq_compile.plan import update_plan
 from gpusq_compile.sparsity import Mask
+from gpusq_compile.verifier import LAWS, verify_ir
 from tests.compilations import begin, fork, make_rules, node_and_plan, plan_of, run_until
 from tests.models import Perceptron, noise, seeded
 

@@ -65,6 +65,27 @@ class PhaseReport:
         }
 
 
+def skipped(reason: str) -> dict[str, Any]:
+    """The report of a phase that did not run, with the keys of one that did."""
+    nothing = {"steps": 0, "seconds": 0.0, "images": 0, "loss": []}
+    return {**nothing, "stopped_by": "skipped", "reason": reason}
+
+
+def skip_reason(compilation: Compilation, name: str, kind: type[torch.nn.Module]) -> str | None:
+    """Why the phase `name` has nothing to do, or None.
+
+    `kind` is the module that the passes before insert for what the phase trains: masks or
+    fake-quantizers.
+    """
+    if not compilation.options.finetune:
+        return "switched off (--no-finetune)"
+    if getattr(compilation.rules.finetune, name) == "none":
+        return f"switched off by the rules (finetune.{name}: none)"
+    if not any(isinstance(module, kind) for module in compilation.ir.modules()):
+        return "no layer is sparse" if name == "sparse" else "no layer is quantized"
+    return None
+
+
 def train(
     compilation: Compilation,
     teacher: torch.fx.GraphModule,
