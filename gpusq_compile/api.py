@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import copy
 import errno
-import math
-import platform
 import random
 import shutil
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,43 +19,30 @@ import torch.fx
 from torch import nn
 
 from gpusq_compile import __version__
-from gpusq_compile.compilation import Compilation, EngineChoice, Options
+from gpusq_compile.compilation import Compilation
 from gpusq_compile.console import Console
 from gpusq_compile.data import check_data
-from gpusq_compile.driver import missed_remarks, run_passes
+from gpusq_compile.driver import run_passes
 from gpusq_compile.engine import BatchRange, build_script
 from gpusq_compile.engine.backends import choose_backend
-from gpusq_compile.errors import CheckFailed, GpusqError, InputError, InternalError, did_you_mean
+from gpusq_compile.errors import CheckFailed, GpusqError, InputError
+from gpusq_compile.gates import Gates, check_gates
 from gpusq_compile.graph.query import tensor_attribute
-from gpusq_compile.graph.text import graph_text
 from gpusq_compile.language.loader import Rules, load_rules
-from gpusq_compile.language.schema import Compute
 from gpusq_compile.load_model import load_source
 from gpusq_compile.model_source import DataFactory, ModelSource, check_source
 from gpusq_compile.network import Network
-from gpusq_compile.output import REPORT, REPRO, publish, staging, write_json
+from gpusq_compile.options import Options, check_options, engine_choice
+from gpusq_compile.output import REPORT, publish, staging, versions, write_json
 from gpusq_compile.passes import PIPELINE, mark
 from gpusq_compile.passes.verify_onnx import MODEL_FILE
 from gpusq_compile.plan import planned
 from gpusq_compile.quantization.fake_quantize import broadcastable
 from gpusq_compile.quantization.operators import DEQUANTIZE
 from gpusq_compile.report.document import make_report
+from gpusq_compile.reproducer import internal_error
 
 SCRIPT = "build_engine.sh"
-LARGEST_SEED = 2**32 - 1
-"""The largest that numpy takes."""
-
-
-@dataclass(frozen=True)
-class Gates:
-    """What must hold for exit code 0 beside the verification.
-
-    `max_drop` is the largest loss of top-1 from the dense model to the ONNX file, in percentage
-    points; `strict` allows nothing that was asked for and not done.
-    """
-
-    max_drop: float | None = None
-    strict: bool = False
 
 
 @dataclass
@@ -175,7 +158,7 @@ def compile_model(
         dry_run=dry_run,
     )
     gates = gates or Gates()
-    check_options(options, gates)
+    check_options(options, [step.name for step in PIPELINE])
     if not dry_run:
         # An engine that cannot be built should not be found out after hours of fine-tune.
         choose_backend(options.engine, options.targets or resolved.target.compute)
@@ -217,7 +200,7 @@ def compile_model(
         except (InputError, KeyboardInterrupt):
             raise
         except Exception as crash:
-            raise _internal(compilation, crash, output, command) from crash
+            raise internal_error(compilation, crash, output, command) from crash
         report = make_report(compilation, error, stage / MODEL_FILE)
         files: list[Path] = []
         if output is not None and not dry_run:
@@ -331,104 +314,6 @@ def _factory(data: Iterable[Any] | DataFactory | None, name: str) -> DataFactory
     return lambda: data
 
 
-def engine_choice(engine: str | None, output: Path | None) -> EngineChoice:
-    """The engine asked for; by default `auto` where there is a folder to put one in."""
-    if engine is None:
-        return "auto" if output is not None else "none"
-    for choice in get_args(EngineChoice):
-        if engine == choice:
-            return cast(EngineChoice, choice)
-    raise InputError(
-        "unknown-engine",
-        f"no engine '{engine}'",
-        hint=did_you_mean(engine, get_args(EngineChoice)),
-    )
-
-
-def check_options(options: Options, gates: Gates) -> None:
-    """Raise InputError for an option whose value cannot be, or that another one contradicts."""
-    for target in options.targets or ():
-        if target not in get_args(Compute):
-            raise InputError(
-                "unknown-target",
-                f"no target '{target}'",
-                hint=did_you_mean(target, get_args(Compute)),
-            )
-    if options.steps is not None and options.steps < 1:
-        raise InputError("steps", f"{options.steps} steps: expected 1 or more")
-    if options.epochs is not None and not 0 < options.epochs < math.inf:
-        raise InputError(
-            "epochs",
-            f"{options.epochs:g} epochs: expected a number greater than 0, such as 0.5",
-            hint="--no-finetune skips the fine-tune",
-        )
-    if options.steps is not None and options.epochs is not None:
-        raise InputError("steps-and-epochs", "both steps and epochs were given: choose one budget")
-    if not options.finetune and (options.steps is not None or options.epochs is not None):
-        name = "epochs" if options.steps is None else "steps"
-        raise InputError(
-            "budget-without-finetune", f"{name} were given for the fine-tune that is switched off"
-        )
-    if not 0 <= options.seed <= LARGEST_SEED:
-        raise InputError("seed", f"seed {options.seed}: expected 0 to {LARGEST_SEED}")
-    if gates.max_drop is not None and not 0 <= gates.max_drop < math.inf:
-        raise InputError(
-            "max-drop",
-            f"a largest drop of {gates.max_drop:g}: expected percentage points of 0 or more",
-        )
-    names = [step.name for step in PIPELINE]
-    for name in options.dump_after:
-        if name not in (*names, "changed", "all"):
-            raise InputError(
-                "unknown-pass",
-                f"no pass '{name}' to dump after",
-                hint=did_you_mean(name, [*names, "changed", "all"]),
-            )
-    try:
-        kind = torch.device(options.device).type
-    except RuntimeError:
-        kind = "unknown"
-    if kind not in ("cpu", "cuda"):
-        raise InputError(
-            "unknown-device",
-            f"no device '{options.device}'",
-            hint=did_you_mean(options.device, ["cpu", "cuda"]),
-        )
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            "no-cuda",
-            f"device '{options.device}' was asked for, but torch sees no CUDA GPU",
-            hint="leave --device out to run on the CPU; check the driver with nvidia-smi",
-        )
-    index = torch.device(options.device).index or 0
-    if kind == "cuda" and index >= torch.cuda.device_count():
-        raise InputError(
-            "no-cuda", f"no GPU {index}: torch sees {torch.cuda.device_count()}, counted from 0"
-        )
-
-
-def check_gates(compilation: Compilation, gates: Gates) -> None:
-    """Raise CheckFailed for the first gate that does not hold, with by how much."""
-    accuracy = compilation.accuracy
-    if gates.max_drop is not None:
-        dense, final = accuracy.get("dense"), accuracy.get("onnx")
-        if dense is None or final is None:
-            raise CheckFailed(
-                "max-drop",
-                "--max-drop was given, but there is no labelled eval_data to measure top-1 on",
-            )
-        drop = 100.0 * (dense - final)
-        if drop > gates.max_drop:
-            raise CheckFailed(
-                "max-drop",
-                f"top-1 fell by {drop:.2f} points, from {dense:.2%} to {final:.2%}; "
-                f"the gate allows {gates.max_drop:g}",
-            )
-    if gates.strict and (left := missed_remarks(compilation)):
-        more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
-        raise CheckFailed("strict", f"{left[0]}{more}")
-
-
 def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
@@ -456,63 +341,3 @@ def disk_full_named(output: Path | None) -> Iterator[None]:
             hint="nothing was published; free some space, or choose another folder with -o, "
             "and run the same command again",
         ) from error
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the result depends on."""
-    found = {"python": platform.python_version()}
-    for package in (
-        "torch",
-        "onnx",
-        "onnxruntime",
-        "onnx-graphsurgeon",
-        "tensorrt-rtx",
-        "tensorrt",
-    ):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _internal(
-    compilation: Compilation, crash: Exception, output: Path | None, command: Sequence[str]
-) -> InternalError:
-    """Keep what a maintainer needs, and say where it is."""
-    text = crash.message if isinstance(crash, GpusqError) else f"{type(crash).__name__}: {crash}"
-    code = crash.code if isinstance(crash, GpusqError) else "internal"
-    done = [record.name for record in compilation.records]
-    names = [step.name for step in PIPELINE]
-    stopped = names[len(done)] if len(done) < len(names) else "report"
-    message = f"pass '{stopped}': {text}"
-    if output is None:
-        return InternalError(code, message)
-    folder = output / REPRO
-    try:
-        _write_repro(compilation, crash, folder, done, command)
-    except OSError as error:
-        return InternalError(code, message, hint=f"no report was kept: {error}")
-    return InternalError(code, message, hint=f"please report it with the folder {folder}")
-
-
-def _write_repro(
-    compilation: Compilation,
-    crash: Exception,
-    folder: Path,
-    done: list[str],
-    command: Sequence[str],
-) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(
-        folder / "about.json",
-        {
-            "command": list(command),
-            "versions": {"gpusq-compile": __version__, **versions()},
-            "passes_done": done,
-            "rules": compilation.rules.as_dict(),
-        },
-    )
-    (folder / "traceback.txt").write_text("".join(traceback.format_exception(crash)))
-    if compilation.graph is not None:
-        (folder / "graph.txt").write_text(graph_text(compilation.graph))

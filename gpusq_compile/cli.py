@@ -126,7 +126,8 @@ def compile_command(options: dict[str, Any], console: Console, stdout: TextIO) -
         console.info(f"loading {options['model']} with its pretrained weights")
     # Bad rules should not wait for torch to be imported.
     with console.busy("importing torch"):
-        from gpusq_compile.api import Gates, compile_model
+        from gpusq_compile.api import compile_model
+        from gpusq_compile.gates import Gates
     from gpusq_compile.report.terminal import show_plan, show_report
 
     output = Path(options["output"] or default_output(options["model"]))

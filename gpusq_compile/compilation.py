@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import onnx
 import torch
@@ -19,24 +19,8 @@ from gpusq_compile.lowering.lift import CallConvention
 from gpusq_compile.lowering.runtime import Expected
 from gpusq_compile.model_source import ModelSource
 from gpusq_compile.network import Network
+from gpusq_compile.options import Options
 from gpusq_compile.remarks import Remark
-
-EngineChoice = Literal["auto", "none", "tensorrt", "tensorrt-rtx"]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the caller chose beside the rules. `steps` and `epochs` override the rules' budgets."""
-
-    finetune: bool = True
-    steps: int | None = None
-    epochs: float | None = None
-    engine: EngineChoice = "auto"
-    targets: tuple[str, ...] | None = None
-    device: str = "cpu"
-    seed: int = 0
-    dump_after: tuple[str, ...] = ()
-    dry_run: bool = False
 
 
 @dataclass

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from gpusq_compile.api import seed_everything
-from gpusq_compile.compilation import Compilation, Options
+from gpusq_compile.compilation import Compilation
 from gpusq_compile.console import Console
 from gpusq_compile.driver import run_passes
 from gpusq_compile.language.loader import load_rules
 from gpusq_compile.model_source import ModelSource, check_source
 from gpusq_compile.network import Network
+from gpusq_compile.options import Options
 from gpusq_compile.passes import PIPELINE
 from gpusq_compile.plan import LayerPlan, planned
 from gpusq_compile.remarks import Kind, Remark

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from gpusq_compile import CheckFailed, CompileResult, InputError, InternalError, compile_model
-from gpusq_compile.api import Gates, check_gates
 from gpusq_compile.compilation import Compilation
+from gpusq_compile.gates import Gates, check_gates
 from gpusq_compile.output import digest
 from gpusq_compile.sparsity import PATTERNS, violations
 from tests.compilations import INT8, SPARSE, TAPS, begin, fork, make_rules, run_until
