@@ -193,7 +193,7 @@ def compile_model(
         error: GpusqError | None = None
         try:
             with disk_full_named(output), exact_arithmetic():
-                run_passes(compilation, passes, measure=not dry_run)
+                run_passes(compilation, passes)
             check_gates(compilation, gates)
         except CheckFailed as failed:
             error = failed

@@ -12,11 +12,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from gpusq_compile.errors import InputError, Location
-from gpusq_compile.model_source import (
-    DATA_FUNCTIONS,
-    DataFactory,
-    ModelSource,
-)
+from gpusq_compile.model_source import DATA_FUNCTIONS, DataFactory, ModelSource
 from gpusq_compile.user_code import call_user, defined_at, user_error
 
 

@@ -29,8 +29,8 @@ a dry run needs none.
 """
 
 
-def run_passes(compilation: Compilation, passes: Sequence[Pass], *, measure: bool = True) -> None:
-    """Run `passes` in order and record each; with `measure`, top-1 along the way.
+def run_passes(compilation: Compilation, passes: Sequence[Pass]) -> None:
+    """Run `passes` in order, record each, and measure top-1 along the way.
 
     Raises:
         InternalError: a requirement is missing, a law of the IR is broken, or a pass that claims
@@ -43,8 +43,10 @@ def run_passes(compilation: Compilation, passes: Sequence[Pass], *, measure: boo
             raise InternalError(
                 "pass-order", f"pass '{step.name}' requires {', '.join(missing)}, not yet ensured"
             )
+        if step.name in MEASURED_BEFORE:
+            measure_top1(compilation, MEASURED_BEFORE[step.name], compilation.ir)
         run_pass(compilation, step)
-        if measure and step.name in MEASURED_AFTER:
+        if step.name in MEASURED_AFTER:
             measure_top1(compilation, MEASURED_AFTER[step.name], compilation.ir)
         compilation.facts -= set(step.removes)
         compilation.facts |= set(step.ensures)
@@ -52,8 +54,6 @@ def run_passes(compilation: Compilation, passes: Sequence[Pass], *, measure: boo
 
 def run_pass(compilation: Compilation, step: Pass) -> None:
     console = compilation.console
-    if step.name in MEASURED_BEFORE:
-        measure_top1(compilation, MEASURED_BEFORE[step.name], compilation.ir)
     before = text_before(compilation, step)
     started = time.monotonic()
     with console.busy(step.name):

@@ -16,7 +16,7 @@ import torch
 import torch.fx
 
 from gpusq_compile.compilation import Compilation
-from gpusq_compile.graph.edit import finish, insert_call, insert_get_attr, set_tensor
+from gpusq_compile.graph.edit import bypass, finish, insert_call, insert_get_attr, set_tensor
 from gpusq_compile.graph.query import shape_of, tensor_attribute
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.remarks import analysis, passed
@@ -27,7 +27,6 @@ IDENTITIES = {
     aten.dropout.default,
     aten.alias.default,
     aten.detach.default,
-    aten.detach_.default,
     aten.contiguous.default,
     aten.lift_fresh_copy.default,
 }
@@ -72,8 +71,7 @@ def remove_identity(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> 
         return None
     if node.target is aten.dropout.default and len(node.args) > 2 and node.args[2]:
         return None
-    node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
-    graph_module.graph.erase_node(node)
+    bypass(node)
     return "identity"
 
 

@@ -18,12 +18,14 @@ from gpusq_compile.errors import InternalError
 from gpusq_compile.finetune.taps import Tap
 from gpusq_compile.graph.edit import (
     NAMESPACE,
+    bypass,
     finish,
     has_submodule,
     insert_call,
     insert_get_attr,
     set_tensor,
 )
+from gpusq_compile.graph.query import module_calls
 from gpusq_compile.lowering.runtime import Expected, record
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.plan import LayerPlan, planned, unaccounted
@@ -49,16 +51,11 @@ def run(compilation: Compilation) -> PassResult:
                 result.matched += 1
                 result.changed += 1
         graph_module.graph.eliminate_dead_code()
-        modules = dict(graph_module.named_modules())
-        for node in list(graph_module.graph.nodes):
-            if node.op != "call_module":
-                continue
-            module = modules[str(node.target)]
+        for node, module in module_calls(graph_module):
             result.matched += 1
             result.changed += 1
             if isinstance(module, Tap):
-                node.replace_all_uses_with(node.args[0])
-                graph_module.graph.erase_node(node)
+                bypass(node)
             else:
                 assert isinstance(module, FakeQuantize)
                 fold_activation(graph_module, node, module)

@@ -35,7 +35,6 @@ MIN_BATCH = 2
 def run(compilation: Compilation) -> PassResult:
     source, network = compilation.source, compilation.network
     module = network.original
-    check_float32(network.root)
     compilation.frozen = frozen_parameters(module)
     network.root.requires_grad_(False).eval().to(compilation.device)
     inputs = tuple(
@@ -67,17 +66,6 @@ def run(compilation: Compilation) -> PassResult:
         compilation.console.warn(text)
         result.remarks.append(missed(code, text))
     return result
-
-
-def check_float32(module: torch.nn.Module) -> None:
-    """Raise InputError for a parameter of another float type: types are decided by the rules."""
-    for name, parameter in module.named_parameters():
-        if parameter.is_floating_point() and parameter.dtype != torch.float32:
-            raise InputError(
-                "model-not-float32",
-                f"{name} is {parameter.dtype}; the compiler starts from float32",
-                hint="return model.float(); the rules' target.precision says what it becomes",
-            )
 
 
 def frozen_parameters(module: torch.nn.Module) -> frozenset[str]:

@@ -6,6 +6,8 @@ import torch
 import torch.fx
 from torch import nn
 
+from gpusq_compile.graph.query import module_calls
+
 
 class Tap(nn.Module):
     """Returns its input unchanged and keeps the last one while `listening`.
@@ -33,14 +35,7 @@ class Tap(nn.Module):
 
 def taps_of(graph_module: torch.fx.GraphModule) -> list[Tap]:
     """The graph's taps, in the order in which it reaches them."""
-    modules = dict(graph_module.named_modules())
-    found = []
-    for node in graph_module.graph.nodes:
-        if node.op == "call_module" and isinstance(modules.get(str(node.target)), Tap):
-            tap = modules[str(node.target)]
-            assert isinstance(tap, Tap)
-            found.append(tap)
-    return found
+    return [module for _, module in module_calls(graph_module) if isinstance(module, Tap)]
 
 
 def listen(graph_module: torch.fx.GraphModule, on: bool = True) -> None:

@@ -8,7 +8,8 @@ import torch
 import torch.fx
 from torch import nn
 
-from gpusq_compile.graph.edit import finish
+from gpusq_compile.graph.edit import bypass, finish
+from gpusq_compile.graph.query import module_calls
 from gpusq_compile.sparsity import Mask
 
 
@@ -21,30 +22,22 @@ def frozen_copy(
     M_SF, the sparse teacher of the quantized phase.
     """
     teacher = copy.deepcopy(graph_module)
-    modules = dict(teacher.named_modules())
-    for node in list(teacher.graph.nodes):
-        if node.op == "call_module" and isinstance(modules[str(node.target)], without):
-            node.replace_all_uses_with(node.args[0])
-            teacher.graph.erase_node(node)
+    for node, module in module_calls(teacher):
+        if isinstance(module, without):
+            bypass(node)
     finish(teacher)
     return teacher.requires_grad_(False).eval()
 
 
-def zero_masked_weights(graph_module: torch.fx.GraphModule) -> int:
-    """Set the stored weights to zero where their mask is; returns how many masks there are.
+def zero_masked_weights(graph_module: torch.fx.GraphModule) -> None:
+    """Set the stored weights to zero where their mask is.
 
     From zero, a masked entry stays exactly zero: its gradient is zero, and so are its weight
     decay and its optimizer state.
     """
-    count = 0
-    modules = dict(graph_module.named_modules())
-    for node in graph_module.graph.nodes:
-        if node.op != "call_module":
-            continue
-        module = modules[str(node.target)]
+    for node, module in module_calls(graph_module):
         if isinstance(module, Mask):
-            weight = graph_module.get_parameter(str(node.args[0].target))
+            source = node.args[0]
+            assert isinstance(source, torch.fx.Node)
             with torch.no_grad():
-                weight.mul_(module.mask)
-            count += 1
-    return count
+                graph_module.get_parameter(str(source.target)).mul_(module.mask)

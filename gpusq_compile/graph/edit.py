@@ -79,6 +79,14 @@ def insert_behind(
     return node
 
 
+def bypass(node: torch.fx.Node) -> None:
+    """Remove a node, its users reading its first input instead."""
+    source = node.args[0]
+    assert isinstance(source, torch.fx.Node)
+    node.replace_all_uses_with(source)
+    node.graph.erase_node(node)
+
+
 def insert_call(
     graph: torch.fx.Graph,
     target: Any,

@@ -50,6 +50,18 @@ def weight_source(node: torch.fx.Node) -> torch.fx.Node | None:
     return None
 
 
+def module_calls(
+    graph_module: torch.fx.GraphModule,
+) -> list[tuple[torch.fx.Node, torch.nn.Module]]:
+    """Every `call_module` node with the module it calls, in graph order: what passes inserted."""
+    modules = dict(graph_module.named_modules())
+    return [
+        (node, modules[str(node.target)])
+        for node in graph_module.graph.nodes
+        if node.op == "call_module"
+    ]
+
+
 def shape_of(node: torch.fx.Node) -> tuple[int | torch.SymInt, ...] | None:
     """The shape of a node's value (symbolic dimensions included), None if it is no tensor."""
     value = node.meta.get("val")

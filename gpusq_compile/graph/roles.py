@@ -43,9 +43,7 @@ ROLES = (
 ACTIVATIONS = {
     aten.gelu.default,
     aten.relu.default,
-    aten.relu_.default,
     aten.silu.default,
-    aten.silu_.default,
     aten.sigmoid.default,
     aten.tanh.default,
     aten.hardswish.default,
@@ -117,7 +115,7 @@ def residual_adds(graph: torch.fx.Graph, dependent: set[torch.fx.Node]) -> list[
     return [
         node
         for node in graph.nodes
-        if node.target in (aten.add.Tensor, aten.add_.Tensor)
+        if node.target is aten.add.Tensor
         and len(node.all_input_nodes) == 2
         and all(operand in dependent for operand in node.all_input_nodes)
         and static_shape(node.all_input_nodes[0]) == static_shape(node.all_input_nodes[1])
