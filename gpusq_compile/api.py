@@ -34,7 +34,7 @@ from gpusq_compile.model_source import DataFactory, ModelSource, check_source
 from gpusq_compile.network import Network
 from gpusq_compile.options import Options, check_options, engine_choice
 from gpusq_compile.output import REPORT, publish, staging, versions, write_json
-from gpusq_compile.passes import PIPELINE, mark
+from gpusq_compile.passes import ANALYSIS, PIPELINE, ordered
 from gpusq_compile.passes.verify_onnx import MODEL_FILE
 from gpusq_compile.plan import planned
 from gpusq_compile.quantization.fake_quantize import broadcastable
@@ -159,6 +159,9 @@ def compile_model(
     )
     gates = gates or Gates()
     check_options(options, [step.name for step in PIPELINE])
+    passes = ordered(resolved.file.passes, resolved.passes_at)
+    if dry_run:
+        passes = ANALYSIS
     if not dry_run:
         # An engine that cannot be built should not be found out after hours of fine-tune.
         choose_backend(options.engine, options.targets or resolved.target.compute)
@@ -187,7 +190,6 @@ def compile_model(
                 labelled=gates.max_drop is not None,
             )
         compilation = Compilation(source, resolved, options, console, network, stage)
-        passes = PIPELINE[: PIPELINE.index(mark.PASS) + 1] if dry_run else PIPELINE
         if console.verbosity >= 0:
             console.info(f"compiling {source.origin}")
         error: GpusqError | None = None

@@ -12,7 +12,9 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from gpusq_compile.errors import InputError, Location
+from gpusq_compile.graph.walk import Call
 from gpusq_compile.model_source import DATA_FUNCTIONS, DataFactory, ModelSource
+from gpusq_compile.network import Network
 from gpusq_compile.user_code import call_user, defined_at, user_error
 
 
@@ -91,6 +93,19 @@ def require_calibration_data(source: ModelSource) -> tuple[str, DataFactory]:
         f"the rules quantize activations, but {source.origin} gives no data to calibrate from",
         hint=f"{how_to_give(source, 'calibration_data')}: batches of real inputs",
     )
+
+
+def calibration_calls(
+    source: ModelSource, network: Network, device: torch.device, limit: int
+) -> list[Call]:
+    """The (args, kwargs) of the compiled module for up to `limit` batches of calibration data.
+
+    Raises:
+        InputError: there is no data.
+    """
+    name, factory = require_calibration_data(source)
+    found = batches(factory, name, device, limit)
+    return [network.scoped_inputs(batch.inputs) for batch in found]
 
 
 def some_batches(source: ModelSource, device: torch.device, limit: int) -> list[Batch]:

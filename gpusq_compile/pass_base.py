@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -34,7 +34,7 @@ class Pass:
     whose requirements no earlier pass has ensured. `preserves` is the largest relative change of
     the graph's outputs that a pass which claims to keep the function may cause; None for a pass
     that changes the function on purpose (its change is measured and reported). `removes` names
-    facts that no longer hold afterwards.
+    facts that no longer hold afterwards. `forbids` maps facts that must not hold yet to the reason.
     """
 
     name: str
@@ -43,4 +43,5 @@ class Pass:
     requires: tuple[str, ...] = ()
     ensures: tuple[str, ...] = ()
     removes: tuple[str, ...] = ()
+    forbids: Mapping[str, str] = field(default_factory=dict)
     preserves: float | None = None

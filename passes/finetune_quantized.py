@@ -11,7 +11,7 @@ from gpusq_compile.compilation import Compilation
 from gpusq_compile.finetune.loop import skip_reason, skipped, train
 from gpusq_compile.finetune.taps import taps_of
 from gpusq_compile.finetune.teacher import frozen_copy
-from gpusq_compile.language.schema import QuantizePhase
+from gpusq_compile.language.training import QuantizePhase
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.quantization.fake_quantize import FakeQuantize
 from gpusq_compile.remarks import analysis, passed

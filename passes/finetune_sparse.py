@@ -10,10 +10,13 @@ from __future__ import annotations
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.finetune.loop import skip_reason, skipped, tap_shares, train
 from gpusq_compile.finetune.taps import taps_of
-from gpusq_compile.finetune.teacher import frozen_copy, zero_masked_weights
-from gpusq_compile.language.schema import Phase
+from gpusq_compile.finetune.teacher import (
+    quantized_phase_follows,
+    reconstruction_follows,
+    zero_masked_weights,
+)
+from gpusq_compile.language.training import Phase
 from gpusq_compile.pass_base import Pass, PassResult
-from gpusq_compile.plan import planned
 from gpusq_compile.remarks import analysis, passed
 from gpusq_compile.sparsity import Mask
 
@@ -23,10 +26,9 @@ def run(compilation: Compilation) -> PassResult:
     settings = compilation.rules.finetune
     phase = settings.sparse
     graph_module = compilation.ir
-    quantizes = any(plan.quantize for _, plan in planned(graph_module.graph))
-    next_phase = compilation.options.finetune and settings.quantize != "none" and quantizes
+    next_phase = quantized_phase_follows(compilation)
     reason = skip_reason(compilation, "sparse", Mask)
-    dense = frozen_copy(graph_module, without=Mask) if reason is None or next_phase else None
+    dense = compilation.dense_teacher
     zero_masked_weights(graph_module)
     if reason is not None:
         result.skipped = 1
@@ -54,6 +56,8 @@ def run(compilation: Compilation) -> PassResult:
             for name, weight in zip(names, compilation.tap_weights, strict=True)
         )
         result.remarks.append(analysis("tap-weights", shares or "no taps"))
+    if not reconstruction_follows(compilation):
+        compilation.dense_teacher = None
     return result
 
 
@@ -63,4 +67,5 @@ PASS = Pass(
     run=run,
     requires=("sparse", "tapped"),
     ensures=("sparse_tuned",),
+    forbids={"quantized": "the sparse model is the float teacher of the quantized one"},
 )

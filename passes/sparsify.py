@@ -1,6 +1,7 @@
 """sparsify: put a fixed mask between each marked weight and its operator.
 
-Needs `marked`. Chooses the mask from the dense weight (`method: magnitude` keeps the largest of
+Needs `marked` and `tapped`. Keeps a copy of the dense graph where a later pass learns from it,
+chooses the mask from the dense weight (`method: magnitude` keeps the largest of
 each group), inserts a `Mask` module, and leaves the stored weight dense: it is the teacher's.
 Guarantees `sparse`: every plan with a sparsity has its mask in the graph.
 """
@@ -8,6 +9,7 @@ Guarantees `sparse`: every plan with a sparsity has its mask in the graph.
 from __future__ import annotations
 
 from gpusq_compile.compilation import Compilation
+from gpusq_compile.finetune.teacher import frozen_copy, needs_dense_teacher
 from gpusq_compile.graph.edit import finish, insert_module_call, inserted_path
 from gpusq_compile.graph.query import tensor_attribute, weight_source
 from gpusq_compile.pass_base import Pass, PassResult
@@ -19,6 +21,8 @@ from gpusq_compile.sparsity import PATTERNS, Mask, magnitude_mask
 def run(compilation: Compilation) -> PassResult:
     graph_module = compilation.ir
     result = PassResult()
+    if needs_dense_teacher(compilation):
+        compilation.dense_teacher = frozen_copy(graph_module)
     for node, plan in list(planned(graph_module.graph)):
         if plan.sparsity is None:
             continue
@@ -47,6 +51,7 @@ PASS = Pass(
     name="sparsify",
     summary="mask marked weights in their pattern along the reduction axis",
     run=run,
-    requires=("marked",),
+    requires=("marked", "tapped"),
     ensures=("sparse",),
+    forbids={"quantized": "scales come from the weights that are left, so pruning comes first"},
 )

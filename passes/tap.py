@@ -42,5 +42,6 @@ PASS = Pass(
     run=run,
     requires=("marked",),
     ensures=("tapped",),
+    forbids={"sparse": "the dense teacher is copied before pruning, and has to carry the taps too"},
     preserves=1e-6,
 )

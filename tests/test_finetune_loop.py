@@ -32,7 +32,7 @@ from gpusq_compile.finetune.loop import (
 from gpusq_compile.finetune.taps import features_of, listen, taps_of
 from gpusq_compile.finetune.teacher import frozen_copy, zero_masked_weights
 from gpusq_compile.graph.query import tensor_attribute
-from gpusq_compile.language.schema import Phase, QuantizePhase
+from gpusq_compile.language.training import Phase, QuantizePhase
 from gpusq_compile.plan import planned
 from gpusq_compile.quantization.fake_quantize import FakeQuantize
 from gpusq_compile.sparsity import Mask

@@ -17,7 +17,7 @@ from gpusq_compile.finetune.losses import (
     soft_logits_loss,
     tap_losses,
 )
-from gpusq_compile.language.schema import Loss
+from gpusq_compile.language.training import Loss
 
 steady = settings(deadline=None)  # A busy machine is no failure.
 

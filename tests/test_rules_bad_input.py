@@ -283,7 +283,7 @@ CASES: dict[str, tuple[str, str, int | None, int | None, str, str]] = {
         4,
         12,
         "finetune.sparse",
-        "a key of `finetune.quantize`",
+        "a key of `finetune.reconstruct` and of `finetune.quantize`",
     ),
     "unknown dtype": (
         rule(LINEAR + "quantize: {weight: int9}\n"),

@@ -15,15 +15,8 @@ from ruamel.yaml import YAML
 
 from gpusq_compile.language.document import dump_yaml, parse_yaml
 from gpusq_compile.language.loader import Rules, load_rules
-from gpusq_compile.language.schema import (
-    Distill,
-    Finetune,
-    Phase,
-    Quantize,
-    QuantizePhase,
-    RulesFile,
-    Sparsity,
-)
+from gpusq_compile.language.schema import Distill, Quantize, RulesFile, Sparsity
+from gpusq_compile.language.training import Finetune, Phase, QuantizePhase
 from gpusq_compile.rules import shipped_rules
 
 DATA = Path(__file__).parent / "data" / "rules"

@@ -29,7 +29,7 @@ from gpusq_compile.finetune.losses import (
     tap_losses,
 )
 from gpusq_compile.finetune.taps import features_of, listen, taps_of
-from gpusq_compile.language.schema import Phase, QuantizePhase
+from gpusq_compile.language.training import Phase, QuantizePhase
 from gpusq_compile.model_source import DataFactory
 from gpusq_compile.plan import Treatment, planned
 from gpusq_compile.quantization.fake_quantize import FakeQuantize

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from gpusq_compile.language.schema import Loss
+from gpusq_compile.language.training import Loss
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,8 @@ from gpusq_compile.language.document import (
     parse_yaml,
 )
 from gpusq_compile.language.problems import raise_together, translate
-from gpusq_compile.language.schema import (
-    LANGUAGE_VERSION,
-    Calibration,
-    Finetune,
-    Rule,
-    RulesFile,
-    Target,
-    Verify,
-)
+from gpusq_compile.language.schema import LANGUAGE_VERSION, Rule, RulesFile, Target, Verify
+from gpusq_compile.language.training import Calibration, Finetune
 from gpusq_compile.rules import shipped_rules
 
 MAPPING_NAME: Final = "<rules>"
@@ -37,8 +30,6 @@ _YAML_SUFFIXES: Final = (".yaml", ".yml")
 # (block, key, the other key, the value of it without which the key does nothing, its default)
 _USED_ONLY_WITH: Final = (
     (("calibration",), "percentile", "activation", "percentile", "percentile"),
-    (("finetune", "sparse"), "momentum", "optimizer", "sgd", "adamw"),
-    (("finetune", "quantize"), "momentum", "optimizer", "sgd", "adamw"),
 )
 
 
@@ -55,12 +46,13 @@ class Rules:
     """Rules with everything they extend, as the compiler uses them.
 
     `sources` are the files that were read, the outermost parent first; `<rules>` stands for a
-    Python mapping.
+    Python mapping. `passes_at` is where the order of the passes was written, if it was.
     """
 
     file: RulesFile
     rules: tuple[LocatedRule, ...]
     sources: tuple[str, ...]
+    passes_at: Location | None = None
 
     @property
     def target(self) -> Target:
@@ -141,7 +133,8 @@ def load_rules(spec: str | Path | Mapping[str, Any]) -> Rules:
     assert file is not None
     located = zip(file.rules, content["rules"].items(), strict=True)
     rules = tuple(LocatedRule(rule, node.at) for rule, node in located)
-    return Rules(file, rules, tuple(files))
+    order = content.get("passes")
+    return Rules(file, rules, tuple(files), order.at if order else None)
 
 
 def _without_echo(written: Sequence[InputError], found: Sequence[InputError]) -> list[InputError]:

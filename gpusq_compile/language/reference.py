@@ -17,20 +17,23 @@ from gpusq_compile.language.loader import Rules, load_rules
 from gpusq_compile.language.matching import ACTIONS, condition_texts
 from gpusq_compile.language.problems import CODES
 from gpusq_compile.language.schema import (
-    Calibration,
     Distill,
-    Finetune,
-    Loss,
     Match,
-    Phase,
     Quantize,
-    QuantizePhase,
     Rule,
     RulesFile,
     SizePredicate,
     Sparsity,
     Target,
     Verify,
+)
+from gpusq_compile.language.training import (
+    Calibration,
+    Finetune,
+    Loss,
+    Phase,
+    QuantizePhase,
+    Reconstruct,
 )
 from gpusq_compile.rules import shipped_rules
 
@@ -50,6 +53,7 @@ _SECTIONS: Final[tuple[tuple[str, type[BaseModel]], ...]] = (
     ("finetune.loss", Loss),
     ("finetune.sparse", Phase),
     ("finetune.quantize", QuantizePhase),
+    ("finetune.reconstruct", Reconstruct),
     ("verify", Verify),
 )
 
