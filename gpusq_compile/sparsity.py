@@ -1,4 +1,4 @@
-"""2:4 structured sparsity: masks by magnitude, their legality, and the module that applies them.
+"""2:4 structured sparsity: masks by score, their legality, and the module that applies them.
 
 The pattern is the one that NVIDIA's sparse tensor cores read (PTX `mma.sp`, section "Matrix
 multiply-accumulate operation using mma.sp instruction"): in each aligned group of four elements
@@ -8,6 +8,7 @@ along the reduction axis at most two are non-zero.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 from torch import nn
@@ -27,6 +28,18 @@ class Pattern:
 PATTERNS = {"2:4": Pattern(keep=2, group=4)}
 
 
+def group_masks(pattern: Pattern) -> torch.Tensor:
+    """Every fullest legal mask of one group: bool [masks, group], first those that keep the first.
+
+    What is not among them is a subset of one that is, and never better.
+    """
+    kept = list(combinations(range(pattern.group), pattern.keep))
+    masks = torch.zeros(len(kept), pattern.group, dtype=torch.bool)
+    for mask, places in zip(masks, kept, strict=True):
+        mask[list(places)] = True
+    return masks
+
+
 def magnitude_mask(weight: torch.Tensor, pattern: Pattern) -> torch.Tensor:
     """The mask that keeps the `keep` largest magnitudes of each group.
 
@@ -40,11 +53,37 @@ def magnitude_mask(weight: torch.Tensor, pattern: Pattern) -> torch.Tensor:
     Raises:
         ValueError: the reduction axis is no multiple of the group.
     """
-    groups = _grouped(weight, pattern)
-    order = groups.abs().argsort(dim=-1, descending=True, stable=True)
+    return _highest(weight.abs(), pattern)
+
+
+def wanda_mask(weight: torch.Tensor, mean_squares: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    """The mask that keeps the `keep` largest `|W| * ||x||` of each group.
+
+    "A Simple and Effective Pruning Approach for Large Language Models" (Sun et al., ICLR 2024),
+    section 3, with each group of the pattern as the comparison group.
+
+    Args:
+        weight: [out, columns], any float dtype; `columns` is a multiple of the group.
+        mean_squares: [columns], the mean square of the input that each column meets. Among
+            inputs that are always zero the magnitude decides.
+
+    Returns:
+        As `magnitude_mask`.
+
+    Raises:
+        ValueError: the reduction axis is no multiple of the group.
+    """
+    norms = mean_squares.double().sqrt()
+    norms = norms.clamp_min(1e-9 * float(norms.max()) or 1.0)
+    return _highest(weight.abs() * norms, pattern)
+
+
+def _highest(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    groups = _grouped(scores, pattern)
+    order = groups.argsort(dim=-1, descending=True, stable=True)
     mask = torch.zeros_like(groups, dtype=torch.bool)
     mask.scatter_(-1, order[..., : pattern.keep], True)
-    return _ungrouped(mask, weight.shape)
+    return _ungrouped(mask, scores.shape)
 
 
 def violations(weight: torch.Tensor, pattern: Pattern) -> int:

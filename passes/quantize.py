@@ -1,8 +1,9 @@
 """quantize: insert fake-quantizers at marked operators and calibrate their scales.
 
 Needs `sparse` (sparsity first, then quantization). Weights: symmetric, one scale per output
-channel, from their non-zero values. Activations and outputs: symmetric, one scale per tensor,
-from batches of real data. All scales are parameters that the fine-tune learns.
+channel, from their non-zero values; with `rounding: gptq` the stored weights are put onto their
+grid, where fake quantization leaves them as they are. Activations and outputs: symmetric, one
+scale per tensor, from batches of real data. All scales are parameters that the fine-tune learns.
 Operators that read one tensor in one type share its quantizer. Guarantees `quantized`.
 """
 
@@ -14,9 +15,11 @@ import torch.fx
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.data import batches, require_calibration_data
 from gpusq_compile.errors import InputError
+from gpusq_compile.finetune.teacher import frozen_copy, quantized_phase_follows
 from gpusq_compile.graph.edit import finish, insert_behind, insert_module_call, inserted_path
 from gpusq_compile.graph.query import tensor_attribute
-from gpusq_compile.language.schema import Calibration
+from gpusq_compile.language.training import Calibration
+from gpusq_compile.obs import Grid, sweep
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.plan import LayerPlan, planned, update_plan
 from gpusq_compile.quantization.calibrate import Observer, weight_scale
@@ -28,12 +31,19 @@ from gpusq_compile.quantization.fake_quantize import (
     IntegerRange,
 )
 from gpusq_compile.remarks import analysis, missed, passed
+from gpusq_compile.second_moments import LayerInputs, as_matrix, as_weight, output_error
+from gpusq_compile.sparsity import Mask
 
 SCALE_TYPES = {"fp16": torch.float16, "fp32": torch.float32}
+ROUNDED_WITH = "rounded_with"
+"""Where a node's metadata keeps the scales [out] that its weight was rounded with when pruned."""
 
 
 def run(compilation: Compilation) -> PassResult:
     graph_module = compilation.ir
+    if quantized_phase_follows(compilation):
+        # Rounding and reconstruction may change the stored weights before that phase begins.
+        compilation.sparse_teacher = frozen_copy(graph_module)
     calibration = compilation.rules.calibration
     scale_dtype = SCALE_TYPES[compilation.rules.target.precision]
     result = PassResult()
@@ -45,8 +55,7 @@ def run(compilation: Compilation) -> PassResult:
             continue
         result.matched += 1
         if quantize.weight != "none":
-            grid = WEIGHT_RANGES[quantize.weight]
-            module = FakeQuantize(grid, channels=plan.shape[0], scale_dtype=scale_dtype)
+            module = weight_quantizer(compilation, plan)
             insert_weight_quantizer(graph_module, node, plan, module)
             plan = plan.apply(weight=quantize.weight)
         if quantize.activation != "none":
@@ -76,9 +85,15 @@ def run(compilation: Compilation) -> PassResult:
     if activations:
         calibrate(compilation, activations, result)
     # Activations are calibrated on the sparse float model; weights are quantized from here on.
+    unrounded = []
     for node, plan in planned(graph_module.graph):
         if plan.applied.weight is not None:
+            rounded_already = ROUNDED_WITH in node.meta
             set_weight_scale(graph_module, node, plan, calibration.weight)
+            if plan.quantize and plan.quantize.rounding == "gptq" and not rounded_already:
+                unrounded.append((node, plan))
+    if unrounded:
+        round_by_inputs(compilation, unrounded, result)
     return result
 
 
@@ -103,20 +118,96 @@ def insert_weight_quantizer(
     node.replace_input_with(value, after)
 
 
+def weight_quantizer(compilation: Compilation, plan: LayerPlan) -> FakeQuantize:
+    """The fake-quantizer that a layer's plan asks for its weight, not calibrated yet."""
+    assert plan.quantize is not None
+    return FakeQuantize(
+        WEIGHT_RANGES[plan.quantize.weight],
+        channels=plan.shape[0],
+        scale_dtype=SCALE_TYPES[compilation.rules.target.precision],
+    )
+
+
 def set_weight_scale(
     graph_module: torch.fx.GraphModule, node: torch.fx.Node, plan: LayerPlan, method: str
 ) -> None:
-    """Set a weight's scales from the values that reach its fake-quantizer, i.e. after the mask."""
+    """Set a weight's scales from the values that reach its fake-quantizer, i.e. after the mask.
+
+    A weight that was rounded while it was pruned keeps the scales that it was rounded with.
+    """
+    module, weight = weight_at_quantizer(graph_module, node, plan)
+    scale = node.meta.pop(ROUNDED_WITH, None)
+    if scale is None:
+        scale = weight_scale(weight, method, module.grid.qmax)
+    module.to(weight.device).set_scale(scale)
+
+
+def weight_at_quantizer(
+    graph_module: torch.fx.GraphModule, node: torch.fx.Node, plan: LayerPlan
+) -> tuple[FakeQuantize, torch.Tensor]:
+    """A layer's weight quantizer, and the weight, masked, as it gets there."""
     quantizer = node.args[1]
     assert isinstance(quantizer, torch.fx.Node)
     module = graph_module.get_submodule(str(quantizer.target))
     assert isinstance(module, FakeQuantize)
     weight = tensor_attribute(graph_module, plan.weight).detach()
+    if (mask := mask_of(graph_module, quantizer)) is not None:
+        weight = weight * mask
+    return module, weight
+
+
+def mask_of(graph_module: torch.fx.GraphModule, quantizer: torch.fx.Node) -> torch.Tensor | None:
+    """The mask in front of a weight's quantizer."""
     source = quantizer.args[0]
     assert isinstance(source, torch.fx.Node)
-    if source.op == "call_module":
-        weight = graph_module.get_submodule(str(source.target))(weight)
-    module.to(weight.device).set_scale(weight_scale(weight, method, module.grid.qmax))
+    if source.op != "call_module":
+        return None
+    module = graph_module.get_submodule(str(source.target))
+    assert isinstance(module, Mask)
+    return module.mask
+
+
+def round_by_inputs(
+    compilation: Compilation,
+    layers: list[tuple[torch.fx.Node, LayerPlan]],
+    result: PassResult,
+) -> None:
+    """`rounding: gptq`: replace stored weights by values on their grid, layer by layer.
+
+    Scales and masks stay as they are. Each layer's inputs are those of the deployed model: its
+    activations are quantized, and the layers before are rounded.
+
+    Raises:
+        InputError: there is no data, or a layer's input is not finite.
+    """
+    graph_module = compilation.ir
+    damping = compilation.rules.calibration.damping
+    inputs = LayerInputs(compilation, "rounding gptq")
+    if compilation.source.synthetic:
+        text = "no data was given, so gptq rounded for generated noise, not for real images"
+        result.remarks.append(missed("synthetic-calibration", text))
+    with torch.no_grad(), compilation.console.progress("round", len(layers)) as advance:
+        for node, plan in layers:
+            module, weight = weight_at_quantizer(graph_module, node, plan)
+            quantizer = node.args[1]
+            assert isinstance(quantizer, torch.fx.Node)
+            mask = mask_of(graph_module, quantizer)
+            moments = inputs.moments(node, plan.name)
+            before = as_matrix(weight)
+            after, _ = sweep(
+                before,
+                moments,
+                damping,
+                mask=None if mask is None else as_matrix(mask),
+                grid=Grid(module.exported_scale(), module.grid),
+            )
+            error = output_error(before, after, moments)
+            nearest = output_error(before, as_matrix(module(weight)), moments)
+            graph_module.get_parameter(plan.weight).copy_(as_weight(after, weight.shape))
+            inputs.settle(node, module(as_weight(after, weight.shape)))
+            text = f"gptq: output error {error:.2%} (to the nearest: {nearest:.2%})"
+            result.remarks.append(analysis("rounded", text, plan.name))
+            advance()
 
 
 def _activation_quantizer(name: str, scale_dtype: torch.dtype) -> FakeQuantize:

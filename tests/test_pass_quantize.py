@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -11,9 +12,12 @@ from torch import Tensor, nn
 
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.errors import InputError
+from gpusq_compile.obs import Grid, sweep
 from gpusq_compile.quantization.calibrate import weight_scale
 from gpusq_compile.quantization.fake_quantize import MIN_SCALE, FakeQuantize
 from gpusq_compile.remarks import Kind
+from gpusq_compile.second_moments import second_moments
+from gpusq_compile.sparsity import PATTERNS, magnitude_mask, violations
 from tests.compilations import (
     INT8,
     SPARSE,
@@ -256,3 +260,183 @@ def test_scales_are_parameters_that_a_fine_tune_can_train() -> None:
     compilation = fork(quantized(seeded(Perceptron), noise(2, 32), rule(**INT8)))
     names = [name for name, _ in compilation.ir.named_parameters() if name.endswith(".log_scale")]
     assert len(names) == 4
+
+
+# --- rounding that looks at the inputs -----------------------------------------------------------
+
+GPTQ = {"rounding": "gptq"}
+
+
+def weights_as_read(compilation: Compilation, layer: str) -> tuple[Tensor, Tensor]:
+    """The stored weight, and the one that the operator reads."""
+    node, plan = node_and_plan(compilation, layer)
+    stored = compilation.ir.get_parameter(plan.weight).detach()
+    source = node.args[1]
+    chain = []
+    while isinstance(source, torch.fx.Node) and source.op == "call_module":
+        chain.append(compilation.ir.get_submodule(str(source.target)))
+        source = source.args[0]
+    read = stored
+    for module in reversed(chain):
+        read = module(read)
+    return stored, read.detach()
+
+
+def shared_directions(rows: int, columns: int, seed: int = 0) -> Tensor:
+    hidden = noise(rows, columns // 4, seed=seed) @ noise(columns // 4, columns, seed=99)
+    return hidden + 0.3 * noise(rows, columns, seed=seed + 1000)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+@pytest.mark.parametrize("method", ["none", "magnitude", "obs"])
+def test_gptq_stores_values_that_fake_quantization_leaves_as_they_are(
+    method: str, precision: str
+) -> None:
+    block: dict[str, Any] = rule(**GPTQ)
+    if method != "none":
+        block["sparsity"] = {**SPARSE, "method": method}
+    compilation = quantized(
+        seeded(Perceptron), shared_directions(64, 32), block, precision=precision
+    )
+    for layer in ("first", "second"):
+        stored, read = weights_as_read(compilation, layer)
+        assert torch.equal(stored, read)
+        if method != "none":
+            assert violations(stored, PATTERNS["2:4"]) == 0
+
+
+def test_gptq_keeps_the_scales_and_the_mask() -> None:
+    found = {}
+    for rounding in ("nearest", "gptq"):
+        block = {**rule(rounding=rounding), "sparsity": SPARSE}
+        compilation = quantized(seeded(Perceptron), shared_directions(64, 32), block)
+        node, _ = node_and_plan(compilation, "first")
+        scale = quantizer(compilation, node.args[1]).scale.detach()
+        found[rounding] = (scale, weights_as_read(compilation, "first")[1])
+    (scale, nearest), (same_scale, rounded) = found["nearest"], found["gptq"]
+    assert torch.equal(scale, same_scale)
+    assert not torch.equal(nearest, rounded)
+    masked = magnitude_mask(seeded(Perceptron).first.weight.detach(), PATTERNS["2:4"]).logical_not()
+    assert not rounded[masked].any()
+
+
+def test_gptq_rounds_each_layer_on_the_inputs_that_the_deployed_model_gives_it() -> None:
+    model, inputs = seeded(Perceptron), shared_directions(64, 32)
+    before = model.second.weight.detach().clone()
+    compilation = quantized(model, inputs, rule(**GPTQ))
+    node, _ = node_and_plan(compilation, "second")
+    shown, expected = [], quantizer(compilation, node.args[1])
+    module = quantizer(compilation, node.args[0])
+    handle = module.register_forward_hook(lambda _, __, output: shown.append(output.detach()))
+    with torch.no_grad():
+        compilation.ir(inputs)
+    handle.remove()
+    grid = Grid(expected.exported_scale().detach(), expected.grid)
+    weight, _ = sweep(before, second_moments(shown), 0.01, grid=grid)
+    assert torch.equal(weights_as_read(compilation, "second")[0], weight)
+
+
+def test_gptq_is_closer_to_the_float_model_than_rounding_to_the_nearest_and_says_by_how_much() -> (
+    None
+):
+    held_out = shared_directions(256, 32, seed=5)
+    errors = {}
+    for rounding in ("nearest", "gptq"):
+        model = seeded(Perceptron)
+        with torch.no_grad():
+            dense = model(held_out)
+        block = rule(rounding=rounding, activation="none")
+        compilation = quantized(model, shared_directions(512, 32), block)
+        with torch.no_grad():
+            errors[rounding] = float((compilation.ir(held_out) - dense).norm() / dense.norm())
+    assert errors["gptq"] < 0.9 * errors["nearest"]
+    told = [r for r in remarks_of(compilation, "quantize") if r.code == "rounded"]
+    assert [remark.layer for remark in told] == ["first", "second"]
+    for remark in told:
+        gptq, nearest = (float(number) for number in re.findall(r"([\d.]+)%", remark.reason))
+        assert gptq < nearest
+
+
+def joint_rules(**finetune: Any) -> dict[str, Any]:
+    block = {**rule(**GPTQ), "sparsity": {**SPARSE, "method": "obs"}}
+    return make_rules(block, finetune=finetune)
+
+
+def test_obs_and_gptq_are_one_sweep_where_nothing_runs_between() -> None:
+    model, inputs = seeded(Perceptron), shared_directions(64, 32)
+    dense = model.first.weight.detach().clone()
+    compilation = begin(model, inputs, joint_rules())
+    run_until(compilation, "sparsify")
+    scale = weight_scale(dense * magnitude_mask(dense, PATTERNS["2:4"]), "mse", 127)
+    swept = compilation.ir.get_parameter("first.weight").detach().clone()
+    told = remarks_of(compilation, "sparsify", Kind.PASSED)[0].reason
+    assert told.endswith("rounded to int8 in the same sweep")
+    run_until(compilation, "quantize")
+    node, _ = node_and_plan(compilation, "first")
+    module = quantizer(compilation, node.args[1])
+    torch.testing.assert_close(module.scale.detach(), scale)
+    stored, read = weights_as_read(compilation, "first")
+    assert torch.equal(stored, swept)
+    assert torch.equal(read, swept)
+    grid = Grid(module.exported_scale().detach(), module.grid)
+    expected, _ = sweep(dense, second_moments([inputs]), 0.01, pattern=PATTERNS["2:4"], grid=grid)
+    assert torch.equal(swept, expected)
+    assert [r for r in remarks_of(compilation, "quantize") if r.code == "rounded"] == []
+
+
+@pytest.mark.parametrize(
+    ("finetune", "joint"),
+    [
+        ({"sparse": "none", "quantize": "none"}, True),
+        ({"sparse": {"epochs": 1}, "quantize": "none"}, False),
+        ({"sparse": "none"}, False),
+    ],
+)
+def test_a_fine_tune_that_follows_gets_weights_that_are_pruned_and_not_rounded(
+    finetune: dict[str, Any], joint: bool
+) -> None:
+    """The sparse phase would leave the grid; the quantized one learns from the sparse float
+    model."""
+    inputs = shared_directions(64, 32)
+    data = [(inputs, torch.zeros(64).long())]
+    compilation = begin(
+        seeded(Perceptron), inputs, joint_rules(**finetune), train_data=data, finetune=True
+    )
+    run_until(compilation, "sparsify")
+    for remark in remarks_of(compilation, "sparsify", Kind.PASSED):
+        assert ("in the same sweep" in remark.reason) == joint
+
+
+@pytest.mark.parametrize(("first", "joint"), [("sparsify", False), ("smooth", True)])
+def test_scales_that_move_into_the_weight_afterwards_keep_rounding_apart(
+    first: str, joint: bool
+) -> None:
+    order = ["permute", "tap", "sparsify", "finetune_sparse", "smooth", "quantize"]
+    order += ["reconstruct", "finetune_quantized"]
+    if first == "smooth":
+        order.remove("smooth")
+        order.insert(0, "smooth")
+    block = {**rule(**GPTQ, smooth=0.5), "sparsity": {**SPARSE, "method": "obs"}}
+    compilation = begin(seeded(Perceptron), noise(16, 32), make_rules(block, passes=order))
+    run_until(compilation, "sparsify")
+    for remark in remarks_of(compilation, "sparsify", Kind.PASSED):
+        assert ("in the same sweep" in remark.reason) == joint
+
+
+def test_gptq_without_data_is_an_error_that_says_so() -> None:
+    block = rule(activation="none", **GPTQ)
+    compilation = begin(seeded(Perceptron), noise(2, 32), make_rules(block))
+    compilation.source.calibration_data = None
+    with pytest.raises(InputError) as caught:
+        run_until(compilation, "quantize")
+    assert caught.value.code == "no-calibration-data"
+    assert "rounding gptq looks at the inputs" in caught.value.message
+
+
+def test_gptq_on_generated_noise_is_told() -> None:
+    block = rule(activation="none", **GPTQ)
+    compilation = begin(seeded(Perceptron), noise(2, 32), make_rules(block))
+    compilation.source.synthetic = True
+    run_until(compilation, "quantize")
+    [remark] = remarks_of(compilation, "quantize", Kind.MISSED)
+    assert remark.code == "synthetic-calibration"

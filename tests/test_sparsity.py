@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gpusq_compile.sparsity import PATTERNS, Mask, Pattern, magnitude_mask, violations
+from gpusq_compile.sparsity import (
+    PATTERNS,
+    Mask,
+    Pattern,
+    group_masks,
+    magnitude_mask,
+    violations,
+    wanda_mask,
+)
 
 steady = settings(deadline=None)  # A busy machine is no failure.
 TWO_OF_FOUR = PATTERNS["2:4"]
@@ -115,6 +123,41 @@ def test_a_reduction_axis_that_is_no_multiple_of_the_group_is_refused() -> None:
         magnitude_mask(torch.ones(4, 6), TWO_OF_FOUR)
     with pytest.raises(ValueError, match="reduction axis 6 is not a multiple of 4"):
         violations(torch.ones(4, 6), TWO_OF_FOUR)
+
+
+@steady
+@given(weights(kernel=False), st.integers(0, 2**32))
+def test_wanda_keeps_the_largest_products_of_magnitude_and_input_norm(
+    weight: Tensor, seed: int
+) -> None:
+    squares = torch.rand(weight.shape[1], generator=torch.Generator().manual_seed(seed)) + 0.01
+    mask = wanda_mask(weight, squares, TWO_OF_FOUR)
+    for start, values in groups(weight):
+        scores = [abs(v) * float(squares[start[1] + i]) ** 0.5 for i, v in enumerate(values)]
+        total = sum(scores[i] for i in kept(mask, start))
+        assert total == pytest.approx(max(scores[i] + scores[j] for i, j in PAIRS))
+
+
+PAIRS = list(combinations(range(4), 2))
+
+
+def test_wanda_prefers_live_inputs_and_tells_dead_ones_apart_by_magnitude() -> None:
+    weight = torch.tensor([[1.0, 50.0, 60.0, 2.0, 1.0, 3.0, 2.0, 4.0]])
+    live = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+    expected = [[True, False, False, True, False, True, False, True]]
+    assert wanda_mask(weight, live, TWO_OF_FOUR).tolist() == expected
+    nothing = torch.zeros(8)
+    assert torch.equal(
+        wanda_mask(weight, nothing, TWO_OF_FOUR), magnitude_mask(weight, TWO_OF_FOUR)
+    )
+
+
+@pytest.mark.parametrize(("keep", "group"), [(2, 4), (1, 4), (4, 8), (3, 3)])
+def test_the_masks_of_a_group_are_all_the_fullest_legal_ones(keep: int, group: int) -> None:
+    masks = group_masks(Pattern(keep, group))
+    found = {tuple(mask.nonzero().flatten().tolist()) for mask in masks}
+    assert found == set(combinations(range(group), keep))
+    assert len(masks) == len(found)
 
 
 def test_a_masked_entry_has_value_and_gradient_zero() -> None:

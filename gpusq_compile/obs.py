@@ -1,0 +1,187 @@
+"""The optimal brain surgeon's sweep: prune and round a weight, and let what is left make up for it.
+
+Layer by layer, as in "SparseGPT" (Frantar and Alistarh, ICML 2023) and "GPTQ" (Frantar et al.,
+ICLR 2023): columns are settled from left to right, and the error of each is spread over the
+columns to its right so that the layer's output on the calibration data changes least. With H the
+damped second moments of the inputs and H^-1 = U^T U (U upper triangular), the trailing block of U
+is the factor of the inverse for the columns that are not settled yet, so one factorization serves
+the whole sweep.
+
+Where a pattern is asked for, a whole group of columns is settled at once: of every legal mask the
+one of least error, after the best compensation by everything not settled yet, the kept weights of
+the group included (SparseGPT judges each weight by itself, and does not move the kept ones).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from gpusq_compile.quantization.fake_quantize import IntegerRange, broadcastable
+from gpusq_compile.sparsity import Pattern, group_masks
+
+BLOCK = 128
+"""Columns after which the errors so far are spread over all that follow, in one product."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values that a weight may take: integers of `levels` times `scale` [out], float."""
+
+    scale: torch.Tensor
+    levels: IntegerRange
+
+    def nearest(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` [out, ...] rounded half to even, as fake quantization rounds."""
+        scale = broadcastable(self.scale.to(values.dtype), values)
+        return (values / scale).round().clamp(self.levels.qmin, self.levels.qmax) * scale
+
+
+def sweep(
+    weight: torch.Tensor,
+    moments: torch.Tensor,
+    damping: float,
+    *,
+    pattern: Pattern | None = None,
+    mask: torch.Tensor | None = None,
+    grid: Grid | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prune a weight, round it, or both, with compensation.
+
+    Args:
+        weight: [out, columns], any float dtype.
+        moments: [columns, columns], second moments of the inputs; need not be of full rank.
+        damping: share of their mean diagonal that is added to the diagonal, above 0.
+        pattern: the mask is chosen, in this pattern along the columns.
+        mask: bool [out, columns], the mask to keep to. With neither the weight stays dense.
+        grid: kept weights are rounded onto it.
+
+    Returns:
+        The new weight, exactly zero where masked and exactly on the grid where kept, in the
+        dtype of the old one, and the mask.
+
+    Raises:
+        ValueError: both a pattern and a mask, or columns that are no multiple of the group.
+    """
+    if pattern is not None and mask is not None:
+        raise ValueError("a mask is either chosen or given")
+    columns = weight.shape[1]
+    group = 1 if pattern is None else pattern.group
+    if columns % group:
+        raise ValueError(f"{columns} columns are not a multiple of {group}")
+    factor = inverse_factor(moments, damping)
+    solvers = _diagonal_blocks(factor, group)
+    choices = None if pattern is None else _Choices.of(solvers, pattern)
+    solvers = torch.linalg.solve_triangular(
+        solvers, torch.eye(group, dtype=factor.dtype, device=factor.device), upper=True
+    )
+    left = weight.to(factor.dtype, copy=True)
+    found = torch.ones_like(weight, dtype=torch.bool) if mask is None else mask.clone()
+    block = max(BLOCK // group, 1) * group
+    for first in range(0, columns, block):
+        last = min(first + block, columns)
+        errors = torch.zeros_like(left[:, first:last])
+        for start in range(first, last, group):
+            end = start + group
+            values = left[:, start:end].clone()
+            if choices is None:
+                settled = values * found[:, start:end]
+            else:
+                settled, found[:, start:end] = choices.best(values, start // group)
+            if grid is not None:
+                upper = factor[start:end, start:end]
+                settled = _round(settled, found[:, start:end], upper, grid)
+            error = (values - settled) @ solvers[start // group]
+            left[:, start:end] = settled
+            left[:, end:last] -= error @ factor[start:end, end:last]
+            errors[:, start - first : end - first] = error
+        left[:, last:] -= errors @ factor[first:last, last:]
+    return left.to(weight.dtype), found
+
+
+def inverse_factor(moments: torch.Tensor, damping: float) -> torch.Tensor:
+    """U, float64 upper triangular, with `U.T @ U` the inverse of the damped moments.
+
+    The moments are first divided by the mean of their diagonal: U's own scale means nothing to
+    the sweep. Damping grows by factors of ten where rounding errors leave the moments indefinite.
+
+    Raises:
+        ValueError: the moments are not finite.
+    """
+    if not bool(torch.isfinite(moments).all()):
+        raise ValueError("the moments are not finite")
+    size = moments.shape[0]
+    identity = torch.eye(size, dtype=torch.float64, device=moments.device)
+    moments = moments.double()
+    mean = float(moments.diagonal().mean())
+    moments = moments / mean if mean > 0 else torch.zeros_like(moments)
+    while True:
+        # Reversed, the lower factor of Cholesky is the upper R of moments = R R^T; U is R^-1.
+        damped = (moments + damping * identity).flip(0, 1)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not int(failed):
+            upper = lower.flip(0, 1)
+            factor: torch.Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
+            return factor
+        damping *= 10.0
+
+
+def _diagonal_blocks(matrix: torch.Tensor, size: int) -> torch.Tensor:
+    """[n * size, n * size] -> its n blocks on the diagonal, [n, size, size]."""
+    count = matrix.shape[0] // size
+    blocks = matrix.reshape(count, size, count, size).diagonal(dim1=0, dim2=2)
+    return blocks.permute(2, 0, 1)
+
+
+@dataclass(frozen=True)
+class _Choices:
+    """For each group of columns and each legal mask, the loss and the update that it means.
+
+    With A the group's block of the inverse of what is not settled and P the pruned columns, the
+    least loss is `w_P (A_PP)^-1 w_P^T`, reached where the group is moved by `-w_P (A_PP)^-1 A_P`:
+    the optimal brain surgeon (Hassibi and Stork, NIPS 1992) for several weights at once (Kurtic et
+    al., "The Optimal BERT Surgeon", EMNLP 2022).
+
+    `masks` is bool [masks, group]; `losses` and `updates` are [groups, masks, group, group].
+    """
+
+    masks: torch.Tensor
+    losses: torch.Tensor
+    updates: torch.Tensor
+
+    @classmethod
+    def of(cls, factors: torch.Tensor, pattern: Pattern) -> _Choices:
+        masks = group_masks(pattern).to(factors.device)
+        inverses = factors.mT @ factors
+        pruned = (~masks).nonzero()[:, 1].reshape(len(masks), -1)
+        row, column = pruned.unsqueeze(2), pruned.unsqueeze(1)
+        shape = (len(inverses), len(masks), pattern.group, pattern.group)
+        losses = inverses.new_zeros(shape)
+        which = torch.arange(len(masks), device=masks.device).reshape(-1, 1, 1)
+        losses[:, which, row, column] = torch.linalg.inv(inverses[:, row, column])
+        identity = torch.eye(pattern.group, dtype=factors.dtype, device=factors.device)
+        return cls(masks, losses, identity - losses @ inverses.unsqueeze(1))
+
+    def best(self, values: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The group's columns [out, group] after the mask of least loss, and that mask."""
+        loss = ((values @ self.losses[group]) * values).sum(dim=2)
+        choice = loss.argmin(dim=0)
+        mask = self.masks[choice]
+        rows = torch.arange(len(values), device=values.device)
+        moved = (values @ self.updates[group])[choice, rows]
+        return moved * mask, mask
+
+
+def _round(
+    values: torch.Tensor, mask: torch.Tensor, factor: torch.Tensor, grid: Grid
+) -> torch.Tensor:
+    """Round the kept columns of one group, each error spread over the group's later ones."""
+    left = values.clone()
+    for index in range(left.shape[1]):
+        exact = left[:, index]
+        rounded = grid.nearest(exact) * mask[:, index]
+        error = (exact - rounded) / factor[index, index]
+        left[:, index] = rounded
+        left[:, index + 1 :] -= error.outer(factor[index, index + 1 :])
+    return left

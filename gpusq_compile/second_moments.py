@@ -1,0 +1,170 @@
+"""What a layer's weight meets: its inputs as the rows of a GEMM, and their second moments.
+
+A linear or a convolution computes `rows @ matrix.T`. Whatever compares two weights of a layer by
+their outputs on data needs no more of the data than `rows.T @ rows`: the squared error of a change
+D of the matrix, summed over outputs and rows, is the trace of `D @ moments @ D.T`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+
+from gpusq_compile.compilation import Compilation
+from gpusq_compile.data import calibration_calls
+from gpusq_compile.errors import InputError
+from gpusq_compile.graph.query import op_of
+from gpusq_compile.graph.walk import Walk
+from gpusq_compile.sparsity import REDUCTION_AXIS
+
+IMAGES_AT_ONCE = 8
+"""Images whose patches are unfolded together: they take kernel-size times the input's memory."""
+
+
+def as_matrix(weight: torch.Tensor) -> torch.Tensor:
+    """A weight [out, in, ...] as the GEMM's matrix [out, columns].
+
+    The reduction axis is innermost, so that a pattern's groups are runs of columns.
+    """
+    return weight.movedim(REDUCTION_AXIS, -1).flatten(1)
+
+
+def as_weight(matrix: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """The inverse of `as_matrix`: [out, columns] as a weight of `shape`."""
+    out, size, *kernel = shape
+    return matrix.reshape(out, *kernel, size).movedim(-1, REDUCTION_AXIS)
+
+
+def input_rows(node: torch.fx.Node, value: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The input of a linear or of an ungrouped convolution, as float [rows, columns] in parts.
+
+    Columns are in the order of `as_matrix`.
+    """
+    if op_of(node) == "linear":
+        yield value.flatten(0, -2).float()
+        return
+    stride, padding, dilation = (_pair(node, index, default) for index, default in _GEOMETRY)
+    weight = node.args[1]
+    assert isinstance(weight, torch.fx.Node)
+    kernel = weight.meta["val"].shape[2:]
+    for part in torch.split(value.float(), IMAGES_AT_ONCE):
+        patches = F.unfold(part, tuple(kernel), dilation, padding, stride)
+        images, columns, places = patches.shape
+        patches = patches.reshape(images, -1, math.prod(kernel), places)
+        yield patches.permute(0, 3, 2, 1).reshape(-1, columns)
+
+
+_GEOMETRY = ((3, 1), (4, 0), (5, 1))
+"""Where `aten.conv2d` has its stride, padding and dilation, and what they are by default."""
+
+
+def _pair(node: torch.fx.Node, index: int, default: int) -> tuple[int, int]:
+    value: Any = node.args[index] if len(node.args) > index else default
+    first, *second = value if isinstance(value, (list, tuple)) else [value]
+    return first, second[0] if second else first
+
+
+def second_moments(rows: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The mean of x x^T over the rows x: float64 [columns, columns]."""
+    total, count = torch.zeros(()), 0
+    for part in rows:
+        total = total.to(part.device) + (part.T @ part).double()
+        count += part.shape[0]
+    return total / max(count, 1)
+
+
+def mean_squares(rows: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The diagonal of `second_moments`, without the rest: float64 [columns]."""
+    total, count = torch.zeros(()), 0
+    for part in rows:
+        total = total.to(part.device) + part.double().square().sum(dim=0)
+        count += part.shape[0]
+    return total / max(count, 1)
+
+
+def output_error(matrix: torch.Tensor, changed: torch.Tensor, moments: torch.Tensor) -> float:
+    """||X W^T - X W'^T|| / ||X W^T||, the bias left out; 0 where the layer computes zeros.
+
+    Args:
+        matrix, changed: W and W', [out, columns].
+        moments: [columns, columns], of the layer's inputs X.
+    """
+    matrix, changed, moments = matrix.double(), changed.double(), moments.double()
+    energy = _energy(matrix, moments)
+    return math.sqrt(_energy(matrix - changed, moments) / energy) if energy > 0 else 0.0
+
+
+def _energy(matrix: torch.Tensor, moments: torch.Tensor) -> float:
+    return max(float(((matrix @ moments) * matrix).sum()), 0.0)
+
+
+class LayerInputs:
+    """The inputs of a graph's layers over the calibration data, asked for in graph order.
+
+    A layer that was changed must be `settle`d before the next is asked for, which then sees its
+    inputs as the changed layer leaves them.
+    """
+
+    def __init__(self, compilation: Compilation, what: str) -> None:
+        """Read the calibration data.
+
+        Args:
+            what: what looks at the inputs, for messages: `sparsity method obs`.
+
+        Raises:
+            InputError: there is no data.
+        """
+        source, limit = compilation.source, compilation.rules.calibration.batches
+        try:
+            calls = calibration_calls(source, compilation.network, compilation.device, limit)
+        except InputError as error:
+            if error.code == "no-calibration-data":
+                error.message = (
+                    f"{what} looks at the inputs of the layers, but {source.origin} gives no data "
+                    "to calibrate from"
+                )
+            raise
+        self.walk = Walk(compilation.ir, calls)
+        self._shared: tuple[object, torch.Tensor] | None = None
+
+    def moments(self, node: torch.fx.Node, layer: str) -> torch.Tensor:
+        """The second moments of a layer's inputs; linears that read one tensor share them.
+
+        Raises:
+            InputError: the input is not finite.
+        """
+        values = self.walk.inputs_of(node)
+        if self._shared is not None and self._shared[0] is node.args[0] and op_of(node) == "linear":
+            return self._shared[1]
+        moments = second_moments(rows for value in values for rows in input_rows(node, value))
+        self._shared = (node.args[0], moments) if op_of(node) == "linear" else None
+        return _finite(moments, layer)
+
+    def mean_squares(self, node: torch.fx.Node, layer: str) -> torch.Tensor:
+        """The mean square of each column of a layer's inputs.
+
+        Raises:
+            InputError: the input is not finite.
+        """
+        values = self.walk.inputs_of(node)
+        squares = mean_squares(rows for value in values for rows in input_rows(node, value))
+        return _finite(squares, layer)
+
+    def settle(self, node: torch.fx.Node, weight: torch.Tensor) -> None:
+        """Go on with `weight` as what the layer reads."""
+        source = node.args[1]
+        assert isinstance(source, torch.fx.Node)
+        self.walk.replace_values(source, [weight] * len(self.walk.runs))
+
+
+def _finite(moments: torch.Tensor, layer: str) -> torch.Tensor:
+    if not bool(torch.isfinite(moments).all()):
+        raise InputError(
+            "activation-not-finite", f"calibration met NaN or infinite values at {layer}"
+        )
+    return moments

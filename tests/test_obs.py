@@ -1,0 +1,274 @@
+"""The compensating sweep: legal masks, values on the grid, and less output error than without."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gpusq_compile.obs import BLOCK, Grid, inverse_factor, sweep
+from gpusq_compile.quantization.calibrate import weight_scale
+from gpusq_compile.quantization.fake_quantize import FakeQuantize, IntegerRange
+from gpusq_compile.second_moments import (
+    as_matrix,
+    as_weight,
+    input_rows,
+    mean_squares,
+    output_error,
+    second_moments,
+)
+from gpusq_compile.sparsity import PATTERNS, Pattern, magnitude_mask, violations
+from tests.compilations import begin, make_rules, node_and_plan, run_until
+from tests.models import Convolution, noise, seeded
+
+steady = settings(deadline=None)  # A busy machine is no failure.
+TWO_OF_FOUR = PATTERNS["2:4"]
+INT8 = IntegerRange("int8", -127, 127)
+COARSE = IntegerRange("three bits", -3, 3)
+DAMPING = 0.01
+
+
+def correlated(rows: int, columns: int, seed: int) -> Tensor:
+    """Inputs [rows, columns] whose columns share directions, as real activations do."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, max(columns // 3, 1), generator=generator)
+    mixing = torch.randn(hidden.shape[1], columns, generator=generator)
+    return hidden @ mixing + 0.3 * torch.randn(rows, columns, generator=generator)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """A weight [out, columns] and second moments [columns, columns] of any rank and size.
+
+    Some inputs are dead, some weights are zero or alike, and there may be fewer rows than columns.
+    """
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    out, columns = draw(st.integers(1, 5)), 4 * draw(st.integers(1, 9))
+    weight = torch.randn(out, columns, generator=generator)
+    if draw(st.booleans()):
+        weight = weight.round()
+    rows = torch.randn(draw(st.integers(1, 40)), columns, generator=generator)
+    if draw(st.booleans()):
+        rows = rows @ torch.randn(columns, columns, generator=generator)
+    rows[:, torch.rand(columns, generator=generator) < draw(st.sampled_from([0.0, 0.3, 1.0]))] = 0
+    rows *= 10.0 ** draw(st.integers(-12, 12))
+    return weight * 10.0 ** draw(st.integers(-6, 4)), second_moments([rows])
+
+
+def grid_of(weight: Tensor, levels: IntegerRange = INT8) -> Grid:
+    quantizer = FakeQuantize(levels, channels=len(weight), scale_dtype=torch.float32)
+    quantizer.set_scale(weight_scale(weight, "max", levels.qmax))
+    return Grid(quantizer.exported_scale().detach(), levels)
+
+
+@steady
+@given(problems(), st.sampled_from([1e-12, 0.01, 1.0]))
+def test_a_swept_weight_is_legal_finite_and_zero_where_masked(
+    problem: tuple[Tensor, Tensor], damping: float
+) -> None:
+    weight, moments = problem
+    found, mask = sweep(weight, moments, damping, pattern=TWO_OF_FOUR)
+    assert (found.dtype, found.shape) == (weight.dtype, weight.shape)
+    assert mask.reshape(len(weight), -1, 4).sum(dim=2).eq(2).all()
+    assert violations(found, TWO_OF_FOUR) == 0
+    assert torch.equal(found * mask, found)
+    assert found.isfinite().all()
+
+
+@steady
+@given(problems(), st.sampled_from([INT8, COARSE]), st.sampled_from(["pattern", "mask", "dense"]))
+def test_kept_weights_are_exactly_on_the_grid_and_masked_ones_exactly_zero(
+    problem: tuple[Tensor, Tensor], levels: IntegerRange, how: str
+) -> None:
+    weight, moments = problem
+    quantizer = FakeQuantize(levels, channels=len(weight), scale_dtype=torch.float16)
+    quantizer.set_scale(weight_scale(weight, "max", levels.qmax))
+    grid = Grid(quantizer.exported_scale().detach(), levels)
+    given_mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.6
+    choices: dict[str, dict[str, Any]] = {
+        "pattern": {"pattern": TWO_OF_FOUR},
+        "mask": {"mask": given_mask},
+        "dense": {},
+    }
+    found, mask = sweep(weight, moments, DAMPING, grid=grid, **choices[how])
+    with torch.no_grad():
+        assert torch.equal(quantizer(found), found)
+    assert torch.equal(found * mask, found)
+    if how == "mask":
+        assert torch.equal(mask, given_mask)
+    if how == "dense":
+        assert mask.all()
+
+
+@steady
+@given(problems(), st.floats(1e-6, 1e6))
+def test_inputs_without_correlation_give_the_magnitude_mask_and_move_nothing(
+    problem: tuple[Tensor, Tensor], size: float
+) -> None:
+    weight, _ = problem
+    moments = size * torch.eye(weight.shape[1])
+    found, mask = sweep(weight, moments, DAMPING, pattern=TWO_OF_FOUR)
+    assert torch.equal(mask, magnitude_mask(weight, TWO_OF_FOUR))
+    assert torch.equal(found, weight * mask)
+    grid = grid_of(weight)
+    rounded, _ = sweep(weight, moments, DAMPING, mask=mask, grid=grid)
+    assert torch.equal(rounded, grid.nearest(weight) * mask)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("pattern", [TWO_OF_FOUR, Pattern(keep=1, group=3)])
+def test_the_first_group_gets_the_mask_of_least_error_that_compensation_can_reach(
+    pattern: Pattern, seed: int
+) -> None:
+    """Brute force: each legal mask of the group, everything else refitted by least squares."""
+    columns = 4 * pattern.group
+    weight = noise(3, columns, seed=seed).double()
+    rows = correlated(200, columns, seed).double()
+    _, mask = sweep(weight, rows.T @ rows, 1e-9, pattern=pattern)
+    for row, chosen in zip(weight, mask, strict=True):
+        errors = {}
+        for kept in combinations(range(pattern.group), pattern.keep):
+            free = [*kept, *range(pattern.group, columns)]
+            solution = torch.linalg.lstsq(rows[:, free], (rows @ row).unsqueeze(1)).solution
+            errors[kept] = float((rows[:, free] @ solution.squeeze(1) - rows @ row).norm())
+        best = min(errors, key=errors.__getitem__)
+        assert tuple(chosen[: pattern.group].nonzero().flatten().tolist()) == best
+
+
+def test_the_last_group_is_settled_by_the_best_refit_of_its_kept_weights() -> None:
+    """With one group alone the sweep is exact: no legal weight has less error."""
+    weight, rows = noise(5, 4).double(), correlated(100, 4, 1).double()
+    found, mask = sweep(weight, rows.T @ rows, 1e-12, pattern=TWO_OF_FOUR)
+    for old, new, kept in zip(weight, found, mask, strict=True):
+        best = torch.linalg.lstsq(rows[:, kept], (rows @ old).unsqueeze(1)).solution
+        torch.testing.assert_close(new[kept], best.squeeze(1))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("columns", [24, BLOCK + 20])
+def test_correlated_inputs_make_the_sweep_better_than_masking_and_rounding(
+    columns: int, seed: int
+) -> None:
+    """On other rows than those that it was fitted to; across blocks of columns too."""
+    weight = noise(16, columns, seed=seed)
+    rows = correlated(20 * columns, columns, seed)
+    shown, held_out = (second_moments([part]) for part in rows.chunk(2))
+    magnitude = weight * magnitude_mask(weight, TWO_OF_FOUR)
+    pruned, mask = sweep(weight, shown, DAMPING, pattern=TWO_OF_FOUR)
+    plain = output_error(weight, magnitude, held_out)
+    assert output_error(weight, pruned, held_out) < 0.7 * plain
+    grid = grid_of(pruned, COARSE)
+    rounded, _ = sweep(pruned, shown, DAMPING, mask=mask, grid=grid)
+    nearest = output_error(pruned, grid.nearest(pruned), held_out)
+    assert output_error(pruned, rounded, held_out) < nearest
+    joint, _ = sweep(weight, shown, DAMPING, pattern=TWO_OF_FOUR, grid=grid)
+    plain = output_error(weight, grid.nearest(magnitude), held_out)
+    assert output_error(weight, joint, held_out) < 0.8 * plain
+
+
+def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, moments = noise(4, 64).double(), second_moments([correlated(99, 64, 2)])
+    whole, mask = sweep(weight, moments, DAMPING, pattern=TWO_OF_FOUR)
+    monkeypatch.setattr("gpusq_compile.obs.BLOCK", 10)
+    blocked, same = sweep(weight, moments, DAMPING, pattern=TWO_OF_FOUR)
+    assert torch.equal(mask, same)
+    torch.testing.assert_close(blocked, whole)
+
+
+def test_a_dead_input_is_pruned_first_and_disturbs_nobody() -> None:
+    rows = noise(50, 8)
+    rows[:, [0, 5]] = 0
+    weight = torch.ones(6, 8)
+    _, mask = sweep(weight, second_moments([rows]), DAMPING, pattern=TWO_OF_FOUR)
+    assert not mask[:, [0, 5]].any()
+    weight = noise(6, 8)
+    found, mask = sweep(weight, torch.zeros(8, 8), DAMPING, pattern=TWO_OF_FOUR)
+    assert torch.equal(found, weight * magnitude_mask(weight, TWO_OF_FOUR))
+
+
+def test_moments_that_are_not_quite_definite_are_damped_until_they_are() -> None:
+    moments = torch.ones(4, 4) - 0.02 * torch.eye(4)
+    factor = inverse_factor(moments, 1e-9)
+    assert factor.isfinite().all()
+    assert torch.equal(factor, factor.triu())
+
+
+@steady
+@given(problems())
+def test_the_factor_is_that_of_the_damped_inverse(problem: tuple[Tensor, Tensor]) -> None:
+    _, moments = problem
+    factor = inverse_factor(moments, DAMPING)
+    scaled = moments / moments.diagonal().mean() if moments.any() else moments
+    damped = scaled + DAMPING * torch.eye(len(moments), dtype=torch.float64)
+    identity = factor.T @ factor @ damped
+    torch.testing.assert_close(identity, torch.eye(len(moments), dtype=torch.float64))
+
+
+def test_what_cannot_be_swept_is_refused() -> None:
+    weight, moments = torch.ones(2, 6), torch.eye(6)
+    with pytest.raises(ValueError, match="6 columns are not a multiple of 4"):
+        sweep(weight, moments, DAMPING, pattern=TWO_OF_FOUR)
+    with pytest.raises(ValueError, match="either chosen or given"):
+        sweep(weight, moments, DAMPING, pattern=TWO_OF_FOUR, mask=torch.ones(2, 6).bool())
+    with pytest.raises(ValueError, match="not finite"):
+        sweep(weight, moments * torch.nan, DAMPING, mask=torch.ones(2, 6).bool())
+
+
+# --- second moments ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"kernel_size": 3},
+        {"kernel_size": (2, 3), "stride": (1, 2), "padding": (1, 0)},
+        {"kernel_size": 3, "padding": 2, "dilation": 2},
+        {"kernel_size": 1, "bias": False},
+    ],
+)
+def test_a_convolution_is_its_rows_times_its_matrix(arguments: dict[str, Any]) -> None:
+    inputs = noise(10, 8, 6, 7)
+    model = seeded(Convolution, 8, 4, **arguments)
+    rules = make_rules({"id": "s", "match": {"op": "conv2d"}, "sparsity": {"pattern": "2:4"}})
+    node, _ = node_and_plan(run_until(begin(model, inputs, rules), "mark"), "conv")
+    weight = model.conv.weight.detach()
+    parts = list(input_rows(node, inputs))
+    assert len(parts) == 2
+    rows, expected = torch.cat(parts), F.conv2d(inputs, weight, None, *convolution(arguments))
+    product = (rows @ as_matrix(weight).T).reshape(10, *expected.shape[2:], 4)
+    torch.testing.assert_close(product.permute(0, 3, 1, 2), expected)
+    assert torch.equal(as_weight(as_matrix(weight), weight.shape), weight)
+    # The pattern's groups along the input channels are runs of columns.
+    mask = magnitude_mask(weight, TWO_OF_FOUR)
+    assert torch.equal(as_matrix(mask), magnitude_mask(as_matrix(weight), TWO_OF_FOUR))
+
+
+def convolution(arguments: dict[str, Any]) -> tuple[Any, Any, Any]:
+    return (
+        arguments.get("stride", 1),
+        arguments.get("padding", 0),
+        arguments.get("dilation", 1),
+    )
+
+
+def test_the_output_error_from_moments_is_the_one_from_the_data() -> None:
+    rows, weight = correlated(60, 12, 3), noise(5, 12)
+    changed = weight + 0.1 * noise(5, 12, seed=1)
+    expected = (rows @ (weight - changed).T).norm() / (rows @ weight.T).norm()
+    found = output_error(weight, changed, second_moments(rows.split(7)))
+    assert found == pytest.approx(float(expected), rel=1e-4)
+    assert output_error(weight, weight, second_moments([rows])) == 0
+    assert output_error(weight, changed, torch.zeros(12, 12)) == 0
+
+
+def test_mean_squares_are_the_diagonal_of_the_second_moments() -> None:
+    parts = correlated(60, 12, 3).split(11)
+    torch.testing.assert_close(
+        mean_squares(parts), second_moments(parts).diagonal(), rtol=1e-5, atol=0
+    )
