@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.fx
+from torch.fx._pytree import tree_flatten_spec
 from torch.utils._pytree import tree_leaves
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -19,69 +20,113 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Walk:
-    """The values of all batches at one place of the graph, moved on by `run_to`."""
+    """The values of all batches at one place of the graph, moved on by `run_to`.
+
+    Between two moves a pass may change or replace any parameter or buffer, and insert nodes behind
+    the last one that has been run.
+    """
 
     def __init__(self, graph_module: torch.fx.GraphModule, calls: Sequence[Call]) -> None:
-        self.nodes = list(graph_module.graph.nodes)
-        self.position = 0
+        self.graph = graph_module.graph
+        self.last: torch.fx.Node | None = None
         self.runs = [_Run(graph_module, call) for call in calls]
-        self.last_uses = _last_uses(self.nodes)
 
     def inputs_of(self, node: torch.fx.Node, index: int = 0) -> list[Any]:
         """The value of argument `index` of the node, one per batch; runs all nodes before it."""
         self.run_to(node)
         argument = node.args[index]
         assert isinstance(argument, torch.fx.Node)
-        return [run.env[argument] for run in self.runs]
+        return self.values_of(argument)
 
     def values_of(self, node: torch.fx.Node) -> list[Any]:
-        """The value of a node that has just been passed and is still in use, one per batch."""
-        return [run.env[node] for run in self.runs]
+        """The value of a node that has been passed and is still in use, one per batch."""
+        return [run.value_of(node) for run in self.runs]
 
     def replace_values(self, node: torch.fx.Node, values: Sequence[Any]) -> None:
-        """Go on from other values of a node that is still in use."""
+        """Go on from other values of a node that is still in use, or not run yet.
+
+        Of a constant they count instead of what the graph module holds.
+        """
         for run, value in zip(self.runs, values, strict=True):
             run.env[node] = value
 
     def run_to(self, node: torch.fx.Node) -> None:
-        """Run every node before `node`; `node` itself is run by the next call."""
-        end = self.nodes.index(node)
-        if end < self.position:
-            raise ValueError(f"{node} has been passed")
-        while self.position < end:
-            self._step()
+        """Run every node before `node`; `node` itself is run by the next call.
+
+        Raises:
+            ValueError: the node has been passed.
+        """
+        self._check_ahead(node)
+        self._run(node.prev)
 
     def run_past(self, node: torch.fx.Node) -> None:
-        """Run every node up to and including `node`."""
-        self.run_to(node)
-        self._step()
+        """Run every node up to and including `node`.
 
-    def _step(self) -> None:
-        node = self.nodes[self.position]
+        Raises:
+            ValueError: the node has been passed.
+        """
+        self._check_ahead(node)
+        self._run(node)
+
+    def has_passed(self, node: torch.fx.Node) -> bool:
+        return self.last is not None and node <= self.last
+
+    def _check_ahead(self, node: torch.fx.Node) -> None:
+        if self.has_passed(node):
+            raise ValueError(f"{node} has been passed")
+
+    def _run(self, end: torch.fx.Node) -> None:
+        """Run up to and including `end`, one batch after the other.
+
+        So only one batch at a time holds the values in between.
+        """
+        nodes = []
+        node = next(iter(self.graph.nodes)) if self.last is None else self.last.next
+        while node <= end and node.op != "root":
+            nodes.append(node)
+            node = node.next
         with torch.no_grad():
             for run in self.runs:
-                run.env[node] = run.run_node(node)
-                for dead in self.last_uses.get(node, ()):
-                    del run.env[dead]
-        self.position += 1
+                for node in nodes:
+                    run.step(node)
+        if nodes:
+            self.last = nodes[-1]
 
 
 class _Run(torch.fx.Interpreter):
-    """One batch's values. Its inputs, flattened, are the placeholders in order."""
+    """The values of one batch.
+
+    What `get_attr` nodes read is looked up at each use: they stand at the top of the graph, and by
+    the time that a layer is reached its weight may be another.
+    """
 
     def __init__(self, graph_module: torch.fx.GraphModule, call: Call) -> None:
         super().__init__(graph_module, garbage_collect_values=False)
-        self.args_iter = iter(tree_leaves(call))
+        self.args_iter = iter(_flat_inputs(graph_module, call))
+
+    def value_of(self, node: torch.fx.Node) -> Any:
+        if node.op == "get_attr" and node not in self.env:
+            return self.run_node(node)
+        return self.env[node]
+
+    def step(self, node: torch.fx.Node) -> None:
+        if node.op == "get_attr":
+            return
+        constants = [n for n in node.all_input_nodes if n.op == "get_attr" and n not in self.env]
+        for source in constants:
+            self.env[source] = self.run_node(source)
+        if node not in self.env:
+            self.env[node] = self.run_node(node)
+        for source in constants:
+            del self.env[source]
+        for source in {node, *node.all_input_nodes}.difference(constants):
+            if all(user <= node for user in source.users):
+                del self.env[source]
 
 
-def _last_uses(nodes: Sequence[torch.fx.Node]) -> dict[torch.fx.Node, list[torch.fx.Node]]:
-    """For each node the values that nothing after it reads."""
-    last: dict[torch.fx.Node, torch.fx.Node] = {}
-    for node in nodes:
-        last[node] = node
-        for source in node.all_input_nodes:
-            last[source] = node
-    found: dict[torch.fx.Node, list[torch.fx.Node]] = {}
-    for value, user in last.items():
-        found.setdefault(user, []).append(value)
-    return found
+def _flat_inputs(graph_module: torch.fx.GraphModule, call: Call) -> list[Any]:
+    """The inputs in the order of the graph's placeholders, however the keywords are ordered."""
+    information = getattr(graph_module.graph._codegen, "pytree_info", None)
+    if information is None:
+        return tree_leaves(call)
+    return tree_flatten_spec(call, information.in_spec)
