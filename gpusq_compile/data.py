@@ -4,40 +4,31 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
 
+from gpusq_compile.batch import Batch as Batch
+from gpusq_compile.batch import Form, check_fit, describe, read_batch, read_free_batch
+from gpusq_compile.batch import check_required_labels as check_required_labels
+from gpusq_compile.batch_inputs import forward_names
 from gpusq_compile.errors import InputError, Location
 from gpusq_compile.graph.walk import Call
 from gpusq_compile.model_source import DATA_FUNCTIONS, DataFactory, ModelSource
 from gpusq_compile.network import Network
+from gpusq_compile.randomness import isolated_random
 from gpusq_compile.user_code import call_user, defined_at, user_error
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Model inputs (batch first) and, where the data has them, class indices int64 [batch]."""
-
-    inputs: tuple[Any, ...]
-    labels: torch.Tensor | None
-
-    @property
-    def size(self) -> int:
-        return int(next(value for value in self.inputs if isinstance(value, torch.Tensor)).shape[0])
-
-    def to(self, device: torch.device) -> Batch:
-        moved = tuple(
-            value.to(device) if isinstance(value, torch.Tensor) else value for value in self.inputs
-        )
-        return Batch(moved, None if self.labels is None else self.labels.to(device))
-
-
 def check_data(
-    source: ModelSource, *, finetune: bool, scoped: bool = False, labelled: bool = False
+    source: ModelSource,
+    *,
+    finetune: bool,
+    scoped: bool = False,
+    labelled: bool = False,
+    train_labels: bool = False,
 ) -> None:
     """Check, before anything slow runs, that the data that is there fits the model.
 
@@ -45,29 +36,47 @@ def check_data(
     compared with the example inputs too. Whether data is missing is known once the rules are
     matched (`require_train_data`, `require_calibration_data`).
 
+    With a `loss` of the user's, batches may have any form; with `metrics` those of `eval_data` and
+    `calibration_data`. Their inputs are then what `find_inputs` finds.
+
     Args:
         finetune: whether a fine-tune may run.
         scoped: whether a submodule alone is compiled; the shapes around it may then vary.
-        labelled: whether accuracy is needed, so that `eval_data` must be there with labels.
+        labelled: whether top-1 is needed, so that `eval_data` must be there with class labels.
+        train_labels: whether every batch of `train_data` must have labels
+            (`finetune.labels: required`).
 
     Raises:
         InputError: data is empty, or does not fit the model; names the function and the batch.
     """
     if labelled and source.eval_data is None:
         raise _no_labels(source, f"{source.origin} gives no eval_data()")
-    fixed = source.dynamic_shapes is None and not scoped
+    if source.metrics is not None and source.eval_data is None:
+        text = "metrics() is defined, but there is no eval_data() to measure on"
+        source.notes.append(("unused-model-function", text))
+    names = forward_names(source.module, source.example_inputs)
     needed = [name for name in DATA_FUNCTIONS if name != "train_data" or finetune]
     for name in needed:
         factory = getattr(source, name)
         if factory is None:
             continue
-        checked = _checked_factory(source, name, factory, fixed)
+        train = name == "train_data"
+        form = Form(
+            source.example_inputs,
+            names,
+            fixed=source.dynamic_shapes is None and not scoped,
+            free=source.loss is not None or (source.metrics is not None and not train),
+            labels=train and train_labels,
+            inputs=not train or source.loss is None or source.calibration_data is None,
+        )
+        checked = _checked_factory(source, name, factory, form)
         setattr(source, name, checked)
         # The user's own random order must not depend on this check.
-        with torch.random.fork_rng(devices=[]):
+        with isolated_random(torch.device("cpu")):
             first = next(batches(checked, name, torch.device("cpu"), limit=1))
         if name == "eval_data" and labelled and first.labels is None:
-            raise _no_labels(source, "eval_data() yields inputs without labels")
+            found = "no class indices [batch]" if first.labelled else "inputs without labels"
+            raise _no_labels(source, f"eval_data() yields {found}")
 
 
 def require_train_data(source: ModelSource, phase: str) -> DataFactory:
@@ -118,9 +127,10 @@ def some_batches(source: ModelSource, device: torch.device, limit: int) -> list[
 
 
 def _no_labels(source: ModelSource, found: str) -> InputError:
+    own = "" if source.metrics is None else "; metrics() are reported, but no gate compares them"
     return InputError(
         "no-labelled-eval-data",
-        f"a largest drop of top-1 was given, but {found}, so there is no top-1 to measure",
+        f"a largest drop of top-1 was given, but {found}, so there is no top-1 to measure{own}",
         location=source.place("eval_data"),
         hint=f"{how_to_give(source, 'eval_data')} with (inputs, labels) batches",
     )
@@ -136,7 +146,7 @@ def how_to_give(source: ModelSource, name: str) -> str:
 
 
 def _checked_factory(
-    source: ModelSource, name: str, factory: DataFactory, fixed: bool
+    source: ModelSource, name: str, factory: DataFactory, form: Form
 ) -> DataFactory:
     seen: list[Any] = []
 
@@ -150,9 +160,7 @@ def _checked_factory(
                 hint="make a new iterator in each call, or return a list or a DataLoader",
             )
         seen[:] = [data]
-        return CheckedData(
-            data, name, source.file, source.place(name), source.example_inputs, fixed
-        )
+        return CheckedData(data, name, source.file, source.place(name), form)
 
     return checked
 
@@ -160,8 +168,7 @@ def _checked_factory(
 class CheckedData:
     """One pass over a user's data, each batch read and checked; it has a length if the data has.
 
-    With `example`, the model's example inputs, every batch must be like them in number, type and
-    rank of its inputs, and with `fixed` in every size but that of the batch.
+    Without a `form`, batches are `(inputs, labels)` or inputs alone, of any sizes.
     """
 
     def __init__(
@@ -170,15 +177,13 @@ class CheckedData:
         name: str,
         file: Path | None = None,
         place: Location | None = None,
-        example: tuple[Any, ...] | None = None,
-        fixed: bool = False,
+        form: Form | None = None,
     ) -> None:
         self.data = data
         self.name = name
         self.file = file
         self.place = place
-        self.example = example
-        self.fixed = fixed
+        self.form = form
 
     def __len__(self) -> int:
         return len(self.data)
@@ -206,9 +211,7 @@ class CheckedData:
                 failure.location = failure.location or self.place
                 raise failure from error
             try:
-                batch = read_batch(raw, where)
-                if self.example is not None:
-                    check_fit(batch, self.example, where, fixed=self.fixed)
+                batch = self._read(raw, where)
             except InputError as error:
                 error.location = error.location or self.place
                 raise
@@ -221,6 +224,17 @@ class CheckedData:
                 location=self.place,
                 hint="it must yield (inputs, labels) batches or inputs alone",
             )
+
+    def _read(self, raw: Any, where: str) -> Batch:
+        form = self.form
+        if form is None:
+            return read_batch(raw, where)
+        batch = read_free_batch(raw, form, where) if form.free else read_batch(raw, where)
+        if form.labels:
+            check_required_labels(batch, where, self.place)
+        if batch.inputs:
+            check_fit(batch, form.example, where, fixed=form.fixed)
+        return batch
 
 
 def batches(
@@ -242,110 +256,6 @@ def batches(
         yield batch.to(device)
         if count == limit:
             return
-
-
-def check_fit(batch: Batch, example: tuple[Any, ...], where: str, *, fixed: bool) -> None:
-    """Raise InputError unless the batch is like the example inputs, and its values are finite."""
-    if len(batch.inputs) != len(example):
-        raise InputError(
-            "batch-form",
-            f"{where} has {len(batch.inputs)} inputs, example_inputs() has {len(example)}",
-            hint="a batch is (inputs, labels); several inputs go in a tuple: ((a, b), labels)",
-        )
-    for index, (value, like) in enumerate(zip(batch.inputs, example, strict=True)):
-        if not isinstance(value, torch.Tensor) or not isinstance(like, torch.Tensor):
-            continue
-        fits = value.ndim == like.ndim and (not fixed or value.shape[1:] == like.shape[1:])
-        if value.dtype != like.dtype or not fits:
-            raise InputError(
-                "batch-form",
-                f"{where} has input {index} of {describe(value)}, "
-                f"example_inputs() gives {describe(like)}",
-                hint="only the first size, the batch, may differ: correct whichever is wrong"
-                if fixed
-                else "correct whichever is wrong",
-            )
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise InputError(
-                "data-not-finite", f"{where} has NaN or infinite values in input {index}"
-            )
-
-
-def describe(tensor: torch.Tensor) -> str:
-    """Type and shape, e.g. `float32 [16, 3, 224, 224]`."""
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-def read_batch(raw: Any, where: str) -> Batch:
-    """One batch as the user's data yields it -> `Batch`.
-
-    A tensor is inputs alone. The second item of a pair is the labels: class indices [batch].
-
-    Raises:
-        InputError: what was found and what was expected.
-    """
-    if isinstance(raw, torch.Tensor):
-        return Batch(_inputs(raw, where), None)
-    if not isinstance(raw, (tuple, list)) or not raw:
-        raise InputError(
-            "batch-form",
-            f"{where} is a {type(raw).__name__}",
-            hint="a batch is a tensor, or a pair (inputs, labels)",
-        )
-    if len(raw) == 1:
-        return Batch(_inputs(raw[0], where), None)
-    if len(raw) != 2:
-        raise InputError(
-            "batch-form",
-            f"{where} has {len(raw)} items",
-            hint="a batch is a tensor, or a pair (inputs, labels); "
-            "several inputs go in a tuple: ((a, b), labels)",
-        )
-    inputs = _inputs(raw[0], where)
-    labels = raw[1]
-    if labels is None:
-        return Batch(inputs, None)
-    if not isinstance(labels, torch.Tensor):
-        try:
-            labels = torch.as_tensor(labels)
-        except (TypeError, ValueError, RuntimeError):
-            raise _labels_error(where, f"a {type(labels).__name__} of no numbers") from None
-    size = Batch(inputs, None).size
-    if labels.ndim == 2 and labels.shape[1] > 1:
-        hint = "one-hot or soft labels become indices with labels.argmax(dim=1)"
-        raise _labels_error(where, describe(labels), hint)
-    if labels.ndim == 2:
-        raise _labels_error(where, describe(labels), "labels.squeeze(1) drops the second axis")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise _labels_error(where, describe(labels), "labels.long() makes class indices of them")
-    if labels.ndim != 1:
-        raise _labels_error(where, describe(labels))
-    if labels.shape[0] != size:
-        raise _labels_error(where, f"{labels.shape[0]} labels for {size} inputs")
-    return Batch(inputs, labels.long())
-
-
-def _inputs(value: Any, where: str) -> tuple[Any, ...]:
-    inputs = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    tensors = [item for item in inputs if isinstance(item, torch.Tensor) and item.ndim > 0]
-    if not tensors:
-        numpy = type(value).__module__ == "numpy"
-        raise InputError(
-            "batch-form",
-            f"{where} has inputs of type {type(value).__name__}, expected batched tensors",
-            hint="torch.from_numpy(array) makes a tensor of it" if numpy else None,
-        )
-    if tensors[0].shape[0] == 0:
-        raise InputError("batch-form", f"{where} is empty: its input is {describe(tensors[0])}")
-    return inputs
-
-
-def _labels_error(where: str, found: str, hint: str | None = None) -> InputError:
-    return InputError(
-        "labels-kind",
-        f"{where} has labels of the wrong kind: {found}; expected integer class indices [batch]",
-        hint=hint or "without labels, yield inputs alone",
-    )
 
 
 def logits_of(outputs: Any, logits: Callable[[Any], torch.Tensor] | None) -> torch.Tensor:
@@ -376,6 +286,14 @@ def logits_of(outputs: Any, logits: Callable[[Any], torch.Tensor] | None) -> tor
         f"the model's outputs are {shapes}: no single [batch, classes] tensor",
         hint="define logits(outputs) -> tensor in the model file",
     )
+
+
+def has_logits(outputs: Any, logits: Callable[[Any], torch.Tensor] | None) -> bool:
+    """Whether `logits_of` has something to find; with a `logits(outputs)` function it must."""
+    if outputs is None:
+        return False
+    tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+    return logits is not None or (len(tensors) == 1 and tensors[0].ndim == 2)
 
 
 def check_labels(labels: torch.Tensor, classes: int, where: str) -> None:

@@ -29,16 +29,24 @@ class Gates:
             )
 
 
+def no_top1(compilation: Compilation) -> str:
+    """Why there is no top-1 to compare."""
+    if not compilation.metrics:
+        return "there is no labelled eval_data to measure it on"
+    names = ", ".join(next(iter(compilation.metrics.values())))
+    return (
+        "eval_data has no class labels or the model no logits to measure it on; "
+        f"metrics() ({names}) are reported, and no gate compares them"
+    )
+
+
 def check_gates(compilation: Compilation, gates: Gates) -> None:
     """Raise CheckFailed for the first gate that does not hold, with by how much."""
     accuracy = compilation.accuracy
     if gates.max_drop is not None:
         dense, final = accuracy.get("dense"), accuracy.get("onnx")
         if dense is None or final is None:
-            raise CheckFailed(
-                "max-drop",
-                "--max-drop was given, but there is no labelled eval_data to measure top-1 on",
-            )
+            raise CheckFailed("max-drop", f"--max-drop compares top-1, but {no_top1(compilation)}")
         drop = 100.0 * (dense - final)
         if drop > gates.max_drop:
             raise CheckFailed(

@@ -14,11 +14,11 @@ from torch import nn
 
 from gpusq_compile.errors import InputError, Location, did_you_mean, nearest, relative_to_cwd
 from gpusq_compile.library_models import load_library_model
-from gpusq_compile.model_source import DATA_FUNCTIONS, DataFactory, ModelSource
+from gpusq_compile.model_source import ARGUMENTS, DATA_FUNCTIONS, DataFactory, ModelSource
 from gpusq_compile.user_code import call_user, defined_at, described, user_error
 
 REQUIRED = ("model", "example_inputs")
-OPTIONAL = (*DATA_FUNCTIONS, "logits", "dynamic_shapes")
+OPTIONAL = (*DATA_FUNCTIONS, *ARGUMENTS, "dynamic_shapes")
 LIBRARIES = ("timm", "torchvision")
 MODEL_FORMS = "MODEL is a Python file, timm:NAME or torchvision:NAME"
 
@@ -64,11 +64,6 @@ def _load_file(path: Path) -> ModelSource:
         )
     namespace = _execute(path)
     functions = _functions(namespace, path)
-    notes = [
-        ("unused-model-function", f"{name}() is defined, but this version does not use it")
-        for name in ("loss", "metrics")
-        if callable(getattr(namespace, name, None))
-    ]
     return ModelSource(
         origin=str(path),
         module=call_user(functions["model"], path, "model()"),
@@ -77,11 +72,12 @@ def _load_file(path: Path) -> ModelSource:
         calibration_data=_data_factory(functions, "calibration_data", path),
         eval_data=_data_factory(functions, "eval_data", path),
         logits=functions.get("logits"),
+        loss=functions.get("loss"),
+        metrics=functions.get("metrics"),
         dynamic_shapes=call_user(functions["dynamic_shapes"], path, "dynamic_shapes()")
         if "dynamic_shapes" in functions
         else None,
         file=path,
-        notes=notes,
         places={
             name: place for name, function in functions.items() if (place := defined_at(function))
         },

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
+from gpusq_compile.batch_inputs import size_of
 from gpusq_compile.errors import InputError, Location, relative_to_cwd
-from gpusq_compile.user_code import described
+from gpusq_compile.user_code import defined_at, described
 
 DataFactory = Callable[[], Iterable[Any]]
 """Called once per pass over the data; yields `(inputs, labels)` batches or inputs alone."""
+
+LossFunction = Callable[[nn.Module, Any], torch.Tensor]
+"""`loss(model, batch)`: a scalar to minimize; `batch` as the data gave it, on the device."""
+
+MetricsFunction = Callable[[Any, Any], Mapping[str, Any]]
+"""`metrics(outputs, batch)`: numbers by name, higher is better; means over the batch's samples."""
+
+ARGUMENTS = {
+    "loss": ("model", "batch"),
+    "metrics": ("outputs", "batch"),
+    "logits": ("outputs",),
+}
+"""What the functions that a user may give are called with."""
 
 DATA_FUNCTIONS = ("train_data", "calibration_data", "eval_data")
 
@@ -36,6 +52,8 @@ class ModelSource:
     calibration_data: DataFactory | None = None
     eval_data: DataFactory | None = None
     logits: Callable[[Any], torch.Tensor] | None = None
+    loss: LossFunction | None = None
+    metrics: MetricsFunction | None = None
     dynamic_shapes: Any = None
     file: Path | None = None
     synthetic: bool = False
@@ -49,13 +67,15 @@ class ModelSource:
 
 
 def check_source(source: ModelSource) -> None:
-    """Check the model's type, its example inputs and that every weight is finite.
+    """Check the model's type, its example inputs and functions, and that every weight is finite.
 
     Raises:
         InputError: naming the object and what was expected.
     """
     _check_module(source)
     source.example_inputs = _tuple_of_inputs(source)
+    for name in ARGUMENTS:
+        _check_function(name, getattr(source, name))
     parameters = {name for name, _ in source.module.named_parameters()}
     for name, tensor in source.module.state_dict().items():
         if not isinstance(tensor, torch.Tensor):
@@ -110,14 +130,37 @@ def _check_module(source: ModelSource) -> None:
     )
 
 
+def _check_function(name: str, function: Any) -> None:
+    """Raise InputError unless the user's function takes what it is called with."""
+    if function is None:
+        return
+    wanted = ARGUMENTS[name]
+    expected = f"expected {name}({', '.join(wanted)})"
+    if not callable(function) or isinstance(function, nn.Module):
+        hint = f"write `def {name}({', '.join(wanted)}): return ...`"
+        text = f"{name} is {described(function)}, {expected}"
+        raise InputError("not-a-function", text, hint=hint)
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return  # Not written in Python: calling it will tell.
+    try:
+        signature.bind(*wanted)
+    except TypeError as error:
+        raise InputError(
+            "function-arguments",
+            f"{name}{signature} cannot be called with ({', '.join(wanted)}): {error}",
+            location=defined_at(function),
+            hint=expected,
+        ) from None
+
+
 def _tuple_of_inputs(source: ModelSource) -> tuple[Any, ...]:
     inputs: Any = source.example_inputs
     if isinstance(inputs, torch.Tensor):
         inputs = (inputs,)
-    if not isinstance(inputs, (tuple, list)) or not any(
-        isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape[0] > 0
-        for value in inputs
-    ):
+    batched = isinstance(inputs, (tuple, list)) and size_of(tuple(inputs))
+    if not batched or not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(inputs)):
         raise InputError(
             "example-inputs",
             f"example_inputs() returned {described(inputs)} without a batched tensor",

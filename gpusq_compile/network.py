@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.fx
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from gpusq_compile.errors import InputError, did_you_mean
 
@@ -25,13 +28,30 @@ class Network:
 
     def run(self, stand_in: nn.Module, inputs: tuple[Any, ...]) -> Any:
         """The whole model's outputs on `inputs` with `stand_in` at the scope."""
-        if self.scope is None:
-            return stand_in(*inputs)
-        _place(self.root, self.scope, stand_in)
+        with self.placed(stand_in) as model:
+            return model(*inputs)
+
+    @contextmanager
+    def placed(self, stand_in: nn.Module) -> Iterator[nn.Module]:
+        """The whole model, with `stand_in` at the scope as long as the context lasts.
+
+        Raises:
+            InputError: the model calls the compiled graph with other sizes than it was traced for.
+        """
+        handle = None
+        if isinstance(stand_in, torch.fx.GraphModule):
+            handle = stand_in.register_forward_pre_hook(_check_sizes, with_kwargs=True)
         try:
-            return self.root(*inputs)
+            if self.scope is None:
+                yield stand_in
+            else:
+                _place(self.root, self.scope, stand_in)
+                yield self.root
         finally:
-            _place(self.root, self.scope, self.original)
+            if self.scope is not None:
+                _place(self.root, self.scope, self.original)
+            if handle is not None:
+                handle.remove()
 
     def scoped_inputs(self, inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The (args, kwargs) that the scoped submodule is called with for the model's `inputs`.
@@ -55,6 +75,31 @@ class Network:
         if not seen:
             raise InputError("scope-not-called", f"forward() never calls '{self.scope}'")
         return seen[0]
+
+
+def _check_sizes(graph: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise InputError where an input has another size than the one that was traced."""
+    assert isinstance(graph, torch.fx.GraphModule)
+    nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    leaves = tree_leaves((args, kwargs))
+    if len(nodes) != len(leaves):
+        return
+    for node, leaf in zip(nodes, leaves, strict=True):
+        traced = node.meta.get("val")
+        if not isinstance(traced, torch.Tensor) or not isinstance(leaf, torch.Tensor):
+            continue
+        fits = leaf.ndim == traced.ndim and all(
+            not isinstance(size, int) or size == found
+            for size, found in zip(traced.shape, leaf.shape, strict=True)
+        )
+        if not fits:
+            sizes = ["any" if not isinstance(size, int) else size for size in traced.shape]
+            raise InputError(
+                "traced-sizes",
+                f"the compiled module is called with {list(leaf.shape)} for '{node.name}', but "
+                f"was traced for [{', '.join(map(str, sizes))}]",
+                hint="give data of one size, or say in dynamic_shapes() which sizes vary",
+            )
 
 
 def _submodule(root: nn.Module, scope: str) -> nn.Module:

@@ -19,6 +19,7 @@ from torch._dynamo.exc import UserError, UserErrorType
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from gpusq_compile.batch_inputs import moved
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.data import some_batches
 from gpusq_compile.errors import InputError
@@ -37,10 +38,7 @@ def run(compilation: Compilation) -> PassResult:
     module = network.original
     compilation.frozen = frozen_parameters(module)
     network.root.requires_grad_(False).eval().to(compilation.device)
-    inputs = tuple(
-        value.to(compilation.device) if isinstance(value, torch.Tensor) else value
-        for value in probe_inputs(compilation)
-    )
+    inputs = moved(probe_inputs(compilation), compilation.device)
     try:
         args, kwargs = network.scoped_inputs(inputs)
         with torch.no_grad():
@@ -110,9 +108,16 @@ def probe_inputs(compilation: Compilation) -> tuple[Any, ...]:
 def two_samples(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """The batch cut, or repeated, to two samples; inputs without the batch dimension as they are.
 
+    Where no input is a batched tensor, lists have one item per sample.
+
     Raises:
         InputError: with a batch of one, several inputs may or may not have the batch dimension.
     """
+    if not any(isinstance(value, torch.Tensor) and value.ndim for value in inputs):
+        return tuple(
+            (value * MIN_BATCH)[:MIN_BATCH] if isinstance(value, list) else value
+            for value in inputs
+        )
     tensors = [value for value in inputs if isinstance(value, torch.Tensor) and value.ndim]
     batch = tensors[0].shape[0]
     batched = [value for value in tensors if value.shape[0] == batch]

@@ -3,7 +3,7 @@
 Needs `onnx_final`. Writes the file, reads it back, and checks on what it read:
 - structure: sparsity on the stored integers, scales, axes, zero-points of every layer;
 - numerics: ONNX Runtime against the fake-quantized graph on real batches, within the rules'
-  limits, and top-1 over the evaluation data.
+  limits, and top-1 and metrics over the evaluation data.
 Guarantees `verified`.
 
 Raises CheckFailed with the layer or the limit that fell short.
@@ -17,7 +17,8 @@ from dataclasses import asdict
 import onnx
 import torch
 
-from gpusq_compile.accuracy import measure_top1
+from gpusq_compile.accuracy import measure
+from gpusq_compile.batch_inputs import size_of
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.data import logits_of
 from gpusq_compile.errors import CheckFailed, InputError
@@ -64,12 +65,15 @@ def run(compilation: Compilation) -> PassResult:
     )
     assert compilation.convention is not None
     stand_in = SessionModule(session, compilation.convention, compilation.device)
-    measure_top1(compilation, "onnx", stand_in)
+    measure(compilation, "onnx", stand_in)
     return result
 
 
 def logits_finder(compilation: Compilation) -> Callable[[list[torch.Tensor]], torch.Tensor] | None:
-    """From the compiled module's flat outputs to logits; None where they are none."""
+    """From the compiled module's flat outputs to logits; None where they are none of the samples.
+
+    A row of logits may also stand for a pixel or a box, of which there is no top-1 to agree on.
+    """
     convention = compilation.convention
     assert convention is not None
     if compilation.network.scope is not None:
@@ -78,11 +82,12 @@ def logits_finder(compilation: Compilation) -> Callable[[list[torch.Tensor]], to
     def find(outputs: list[torch.Tensor]) -> torch.Tensor:
         return logits_of(structured(outputs, convention), compilation.source.logits)
 
+    first = compilation.expected[0]
     try:
-        find(compilation.expected[0].outputs)
+        rows = len(find(first.outputs))
     except InputError:
         return None
-    return find
+    return find if rows == size_of(tuple(first.inputs)) else None
 
 
 PASS = Pass(
