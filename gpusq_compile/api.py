@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 import errno
-import random
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 import torch.fx
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn
 
 from gpusq_compile import __version__
@@ -26,23 +27,35 @@ from gpusq_compile.driver import run_passes
 from gpusq_compile.engine import BatchRange, build_script
 from gpusq_compile.engine.backends import choose_backend
 from gpusq_compile.errors import CheckFailed, GpusqError, InputError
+from gpusq_compile.finetune.checkpoint import FOLDER as CHECKPOINTS
+from gpusq_compile.finetune.loop import LOSS_NOT_FINITE
+from gpusq_compile.finetune.resume import open_checkpoints
 from gpusq_compile.gates import Gates, check_gates
 from gpusq_compile.graph.query import tensor_attribute
 from gpusq_compile.language.loader import Rules, load_rules
 from gpusq_compile.load_model import load_source
-from gpusq_compile.model_source import DataFactory, ModelSource, check_source
+from gpusq_compile.model_source import (
+    DataFactory,
+    LossFunction,
+    MetricsFunction,
+    ModelSource,
+    check_source,
+)
 from gpusq_compile.network import Network
 from gpusq_compile.options import Options, check_options, engine_choice
 from gpusq_compile.output import REPORT, publish, staging, versions, write_json
-from gpusq_compile.passes import ANALYSIS, PIPELINE, ordered
+from gpusq_compile.passes import ANALYSIS, LOWERING, PIPELINE, ordered
 from gpusq_compile.passes.verify_onnx import MODEL_FILE
 from gpusq_compile.plan import planned
+from gpusq_compile.processes import joined
 from gpusq_compile.quantization.fake_quantize import broadcastable
 from gpusq_compile.quantization.operators import DEQUANTIZE
+from gpusq_compile.randomness import seed_everything
 from gpusq_compile.report.document import make_report
 from gpusq_compile.reproducer import internal_error
 
 SCRIPT = "build_engine.sh"
+WEIGHTS = "weights.safetensors"
 
 
 @dataclass
@@ -90,6 +103,8 @@ def compile_model(
     calibration_data: Iterable[Any] | DataFactory | None = None,
     eval_data: Iterable[Any] | DataFactory | None = None,
     logits: Callable[[Any], torch.Tensor] | None = None,
+    loss: LossFunction | None = None,
+    metrics: MetricsFunction | None = None,
     dynamic_shapes: Any = None,
     data: str | None = None,
     weights: str | None = None,
@@ -104,6 +119,8 @@ def compile_model(
     dump_after: Sequence[str] = (),
     gates: Gates | None = None,
     dry_run: bool = False,
+    resume: bool = False,
+    checkpoint_every: int | None = None,
     console: Console | None = None,
     command: Sequence[str] = (),
 ) -> CompileResult:
@@ -118,6 +135,11 @@ def compile_model(
         train_data, calibration_data, eval_data: re-iterables of `(inputs, labels)` batches or of
             inputs alone, or functions that return them. Labels are class indices, int64 [batch].
         logits: maps the model's outputs to logits [batch, classes] where they are nothing else.
+        loss: `loss(model, batch)` -> the scalar tensor to minimize in place of the cross-entropy
+            with the labels. Batches may then have any form; the fine-tune gives them to `loss`
+            as they are, with `model` holding what is trained at `scope`.
+        metrics: `metrics(outputs, batch)` -> numbers by name for a batch of `eval_data`, higher is
+            better; the report has their means, and the best checkpoint is chosen by the first.
         dynamic_shapes: as `torch.export` takes them; default: dimension 0 of every input.
         data, weights: for library models, as the command line takes them.
         scope: dotted name of the submodule to compile; overrides the rules' `scope`.
@@ -131,6 +153,8 @@ def compile_model(
         dump_after: pass names, `changed` or `all`: graph texts go to `dumps/`.
         gates: what beside the verification must hold.
         dry_run: stop after the rules are matched; nothing is written.
+        resume: go on from the checkpoint that an unfinished run left in `output`.
+        checkpoint_every: steps between two checkpoints; by default one every five minutes.
         console: where progress goes; silent by default.
         command: the command line, for the manifest.
 
@@ -156,6 +180,8 @@ def compile_model(
         seed=seed,
         dump_after=tuple(dump_after),
         dry_run=dry_run,
+        resume=resume,
+        checkpoint_every=checkpoint_every,
     )
     gates = gates or Gates()
     check_options(options, [step.name for step in PIPELINE])
@@ -166,7 +192,13 @@ def compile_model(
         # An engine that cannot be built should not be found out after hours of fine-tune.
         choose_backend(options.engine, options.targets or resolved.target.compute)
     seed_everything(seed)
-    with staging(output) as stage:
+    with (
+        joined(options.device) as (processes, own_device),
+        staging(output if processes.first else None) as stage,
+    ):
+        options = replace(options, device=own_device)
+        if not processes.first:
+            console, passes = Console(verbosity=-1), tuple(p for p in passes if p not in LOWERING)
         with console.busy("loading the model and its data"):
             source = (
                 module_source(
@@ -176,6 +208,8 @@ def compile_model(
                     calibration_data=calibration_data,
                     eval_data=eval_data,
                     logits=logits,
+                    loss=loss,
+                    metrics=metrics,
                     dynamic_shapes=dynamic_shapes,
                 )
                 if isinstance(model, nn.Module)
@@ -188,10 +222,15 @@ def compile_model(
                 finetune=finetune,
                 scoped=network.scope is not None,
                 labelled=gates.max_drop is not None,
+                train_labels=resolved.finetune.labels == "required",
             )
-        compilation = Compilation(source, resolved, options, console, network, stage)
+        compilation = Compilation(
+            source, resolved, options, console, network, stage, processes=processes
+        )
         if console.verbosity >= 0:
             console.info(f"compiling {source.origin}")
+        if output is not None and finetune and not dry_run:
+            compilation.checkpoints = open_checkpoints(compilation, output / CHECKPOINTS)
         error: GpusqError | None = None
         try:
             with disk_full_named(output), exact_arithmetic():
@@ -205,11 +244,13 @@ def compile_model(
             raise internal_error(compilation, crash, output, command) from crash
         report = make_report(compilation, error, stage / MODEL_FILE)
         files: list[Path] = []
-        if output is not None and not dry_run:
+        if output is not None and not dry_run and processes.first:
             with disk_full_named(output):
                 files = _write(
                     compilation, report, stage, output, command, failed=error is not None
                 )
+            if error is None or error.code != LOSS_NOT_FINITE:
+                shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
     if error is not None:
         raise error
     assert compilation.graph is not None
@@ -234,11 +275,12 @@ def _write(
 ) -> list[Path]:
     """Write the report and publish the folder; of a failed run the report alone."""
     if failed:
-        for name in (MODEL_FILE, SCRIPT):
+        for name in (MODEL_FILE, SCRIPT, WEIGHTS):
             (stage / name).unlink(missing_ok=True)
         shutil.rmtree(stage / "engine", ignore_errors=True)
     else:
         write_script(compilation, stage / SCRIPT)
+        write_weights(compilation.ir, stage / WEIGHTS)
     write_json(stage / REPORT, report)
     about = {
         "tool": {"name": "gpusq-compile", "version": __version__},
@@ -248,6 +290,16 @@ def _write(
         "rules": compilation.rules.as_dict(),
     }
     return publish(stage, output, about)
+
+
+def write_weights(graph_module: torch.fx.GraphModule, path: Path) -> None:
+    """`weights.safetensors`: every tensor of the folded graph by its name there.
+
+    Weights are int8 where they were quantized, with their scales under `gpusq.weight_scale.*`.
+    """
+    state = graph_module.state_dict()
+    # Tied parameters share their memory, which safetensors refuses.
+    save_file({n: t.detach().cpu().clone().contiguous() for n, t in state.items()}, path)
 
 
 def write_script(compilation: Compilation, path: Path) -> None:
@@ -282,6 +334,8 @@ def module_source(
     calibration_data: Iterable[Any] | DataFactory | None,
     eval_data: Iterable[Any] | DataFactory | None,
     logits: Callable[[Any], torch.Tensor] | None,
+    loss: LossFunction | None,
+    metrics: MetricsFunction | None,
     dynamic_shapes: Any,
 ) -> ModelSource:
     """The source of a module given from Python."""
@@ -298,6 +352,8 @@ def module_source(
         calibration_data=_factory(calibration_data, "calibration_data"),
         eval_data=_factory(eval_data, "eval_data"),
         logits=logits,
+        loss=loss,
+        metrics=metrics,
         dynamic_shapes=dynamic_shapes,
     )
 
@@ -316,12 +372,6 @@ def _factory(data: Iterable[Any] | DataFactory | None, name: str) -> DataFactory
     return lambda: data
 
 
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
 @contextmanager
 def exact_arithmetic() -> Iterator[None]:
     """Convolutions in full float32 on a GPU: numerical checks compare them with linears."""
@@ -334,12 +384,18 @@ def disk_full_named(output: Path | None) -> Iterator[None]:
     """Turn a full disk into an InputError that says where and what to do."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except (OSError, SafetensorError) as error:
+        # safetensors says the system's error in words alone.
+        number = getattr(error, "errno", None)
+        words = f"{os.strerror(errno.ENOSPC)}", f"{os.strerror(errno.EDQUOT)}"
+        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and not any(
+            text in str(error) for text in words
+        ):
             raise
+        reason = os.strerror(number or errno.ENOSPC)
         raise InputError(
             "disk-full",
-            f"cannot write to {output}: {error.strerror}",
+            f"cannot write to {output}: {reason}",
             hint="nothing was published; free some space, or choose another folder with -o, "
             "and run the same command again",
         ) from error

@@ -7,7 +7,9 @@ input, 3 internal error, 130 interrupted.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -77,6 +79,10 @@ EPILOG = (
 @click.option(
     "--device", default="cpu", show_default=True, help="Where the fine-tune runs: cpu or cuda."
 )
+@click.option("--resume", is_flag=True, help="Go on from the checkpoint of an unfinished run.")
+@click.option(
+    "--checkpoint-every", type=int, help="Steps between checkpoints [default: by time, 5 min]."
+)
 @click.option("--dump-after", multiple=True, help="Pass name, changed or all: graph texts.")
 @click.option("--list-passes", is_flag=True, help="Say what each pass requires and ensures.")
 @click.option(
@@ -104,7 +110,10 @@ def command(**options: Any) -> None:
         raise click.UsageError(f"Missing {missing}. Example: gpusq-compile model.py --rules int8")
     check_values(options)
     verbosity = -1 if options["quiet"] else int(options["verbose"])
-    stdout = sys.stdout
+    # Of the processes that accelerate or torchrun start, the first speaks for all.
+    stdout: TextIO = sys.stdout
+    if int(os.environ.get("RANK", "0")) > 0:
+        verbosity, stdout = -1, io.StringIO()
     # What the user's own code prints must not mix with the report on stdout.
     with contextlib.redirect_stdout(sys.stderr):
         compile_command(options, Console(verbosity), stdout)
@@ -150,6 +159,8 @@ def compile_command(options: dict[str, Any], console: Console, stdout: TextIO) -
             dump_after=options["dump_after"],
             gates=Gates(options["max_drop"], options["strict"]),
             dry_run=options["dry_run"],
+            resume=options["resume"],
+            checkpoint_every=options["checkpoint_every"],
             console=console,
             command=sys.argv,
         )
@@ -206,7 +217,8 @@ def main() -> None:
         # click makes an Abort of every KeyboardInterrupt.
         cause = interrupt.__cause__ or interrupt
         click.echo(
-            "interrupted: nothing half-written is left; run the same command again to start over",
+            "interrupted: nothing half-written is left; run the same command again to start over, "
+            "or with --resume to go on from its last checkpoint",
             err=True,
         )
         sys.exit(EXIT_SIGNAL + (cause.number if isinstance(cause, Ended) else signal.SIGINT))

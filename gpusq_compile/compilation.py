@@ -13,6 +13,7 @@ from torch import nn
 
 from gpusq_compile.console import Console
 from gpusq_compile.engine import EngineReport
+from gpusq_compile.finetune.checkpoint import Checkpoints
 from gpusq_compile.language.loader import Rules
 from gpusq_compile.lowering.check import StoredLayer
 from gpusq_compile.lowering.lift import CallConvention
@@ -20,6 +21,7 @@ from gpusq_compile.lowering.runtime import Expected
 from gpusq_compile.model_source import ModelSource
 from gpusq_compile.network import Network
 from gpusq_compile.options import Options
+from gpusq_compile.processes import Processes
 from gpusq_compile.remarks import Remark
 
 
@@ -45,9 +47,12 @@ class PassRecord:
 class Compilation:
     """One compilation, from the user's model to the engine.
 
-    `graph` is the IR. `probe` are the (args, kwargs) that every numerical check runs on, and
-    `reference` the outputs before the current pass. `expected` are the fake-quantized graph's
+    `graph` is the IR, `dense_teacher` the frozen dense model from pruning on, and
+    `sparse_teacher` the frozen sparse one from quantization on, as long as a later pass learns
+    from them. `probe` are the (args, kwargs) that every numerical check runs on,
+    and `reference` the outputs before the current pass. `expected` are the fake-quantized graph's
     outputs, which the final file must reproduce. `facts` are what passes so far ensure.
+    `accuracy` is top-1, in [0, 1], and `metrics` what the user's `metrics` gave, by stage.
     """
 
     source: ModelSource
@@ -56,6 +61,8 @@ class Compilation:
     console: Console
     network: Network
     workdir: Path
+    processes: Processes = field(default_factory=Processes)
+    checkpoints: Checkpoints | None = None
     graph: torch.fx.GraphModule | None = None
     convention: CallConvention | None = None
     probe: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
@@ -64,12 +71,15 @@ class Compilation:
     records: list[PassRecord] = field(default_factory=list)
     frozen: frozenset[str] = frozenset()
     parameter_shapes: dict[str, torch.Size] = field(default_factory=dict)
+    dense_teacher: torch.fx.GraphModule | None = None
+    sparse_teacher: torch.fx.GraphModule | None = None
     tap_weights: list[float] | None = None
     expected: list[Expected] = field(default_factory=list)
     onnx_model: onnx.ModelProto | None = None
     stored: dict[str, StoredLayer] = field(default_factory=dict)
     finetune: dict[str, Any] = field(default_factory=dict)
     accuracy: dict[str, float | None] = field(default_factory=dict)
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     verify: dict[str, Any] = field(default_factory=dict)
     engine: EngineReport | None = None
 

@@ -8,21 +8,19 @@ from collections.abc import Sequence
 import torch
 from torch.utils._pytree import tree_leaves
 
-from gpusq_compile.accuracy import measure_top1
+from gpusq_compile.accuracy import measure
 from gpusq_compile.compilation import Compilation, PassRecord
 from gpusq_compile.errors import InternalError
 from gpusq_compile.graph.text import graph_text
 from gpusq_compile.numerics import largest_difference
 from gpusq_compile.pass_base import Pass
+from gpusq_compile.randomness import derived_seed, seed_everything
 from gpusq_compile.remarks import Kind
 from gpusq_compile.verifier import verify_ir
 
-MEASURED_BEFORE = {"sparsify": "dense"}
-MEASURED_AFTER = {
-    "finetune_sparse": "sparse",
-    "finetune_quantized": "quantized",
-}
-"""The passes around which top-1 is measured, and the name it has in the report.
+MEASURED_BEFORE = {"sparsify": "dense", "fold": "quantized"}
+MEASURED_AFTER = {"finetune_sparse": "sparse"}
+"""The passes around which the model is measured, and the name of the stage in the report.
 
 The dense model is measured once the rules have matched: their errors should not wait for it, and
 a dry run needs none.
@@ -30,7 +28,7 @@ a dry run needs none.
 
 
 def run_passes(compilation: Compilation, passes: Sequence[Pass]) -> None:
-    """Run `passes` in order, record each, and measure top-1 along the way.
+    """Run `passes` in order, record each, and measure the model along the way.
 
     Raises:
         InternalError: a requirement is missing, a law of the IR is broken, or a pass that claims
@@ -44,10 +42,10 @@ def run_passes(compilation: Compilation, passes: Sequence[Pass]) -> None:
                 "pass-order", f"pass '{step.name}' requires {', '.join(missing)}, not yet ensured"
             )
         if step.name in MEASURED_BEFORE:
-            measure_top1(compilation, MEASURED_BEFORE[step.name], compilation.ir)
+            measure(compilation, MEASURED_BEFORE[step.name], compilation.ir)
         run_pass(compilation, step)
         if step.name in MEASURED_AFTER:
-            measure_top1(compilation, MEASURED_AFTER[step.name], compilation.ir)
+            measure(compilation, MEASURED_AFTER[step.name], compilation.ir)
         compilation.facts -= set(step.removes)
         compilation.facts |= set(step.ensures)
 
@@ -56,6 +54,8 @@ def run_pass(compilation: Compilation, step: Pass) -> None:
     console = compilation.console
     before = text_before(compilation, step)
     started = time.monotonic()
+    # What a pass draws does not depend on what the passes before drew: a resumed run trains less.
+    seed_everything(derived_seed(compilation.options.seed, step.name))
     with console.busy(step.name):
         result = step.run(compilation)
     seconds = time.monotonic() - started

@@ -31,6 +31,8 @@ class Options:
     seed: int = 0
     dump_after: tuple[str, ...] = ()
     dry_run: bool = False
+    resume: bool = False
+    checkpoint_every: int | None = None
 
 
 def engine_choice(engine: str | None, output: Path | None) -> EngineChoice:
@@ -70,6 +72,16 @@ def check_options(options: Options, passes: Sequence[str]) -> None:
         name = "epochs" if options.steps is None else "steps"
         raise InputError(
             "budget-without-finetune", f"{name} were given for the fine-tune that is switched off"
+        )
+    if options.checkpoint_every is not None and options.checkpoint_every < 1:
+        raise InputError(
+            "checkpoint-every", f"{options.checkpoint_every} steps: expected 1 or more"
+        )
+    if options.resume and not options.finetune:
+        raise InputError(
+            "resume-without-finetune",
+            "a run without fine-tune has nothing to resume",
+            hint="leave out --resume, or --no-finetune",
         )
     if not 0 <= options.seed <= LARGEST_SEED:
         raise InputError("seed", f"seed {options.seed}: expected 0 to {LARGEST_SEED}")

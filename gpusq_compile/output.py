@@ -48,7 +48,8 @@ def staging(output: Path | None) -> Iterator[Path]:
     missing = [folder for folder in (output, *output.parents) if not folder.exists()]
     try:
         output.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=output))
+        _remove_abandoned(output)
+        stage = Path(tempfile.mkdtemp(prefix=f"{STAGING_PREFIX}{os.getpid()}-", dir=output))
     except OSError as error:
         _remove_empty(missing)
         raise InputError(
@@ -61,6 +62,24 @@ def staging(output: Path | None) -> Iterator[Path]:
     finally:
         shutil.rmtree(stage, ignore_errors=True)
         _remove_empty(missing)
+
+
+def _remove_abandoned(output: Path) -> None:
+    """Remove the staging folders of processes of this machine that were killed."""
+    for path in output.glob(f"{STAGING_PREFIX}*"):
+        owner = path.name.removeprefix(STAGING_PREFIX).partition("-")[0]
+        if owner.isdecimal() and not _is_running(int(owner)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # Another user's.
+    return True
 
 
 def _remove_empty(folders: list[Path]) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.finetune.loop import skip_reason, skipped, train
 from gpusq_compile.finetune.taps import taps_of
-from gpusq_compile.finetune.teacher import frozen_copy
 from gpusq_compile.language.training import QuantizePhase
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.quantization.fake_quantize import FakeQuantize
@@ -29,14 +28,17 @@ def run(compilation: Compilation) -> PassResult:
         return result
     assert isinstance(phase, QuantizePhase)
     weights = compilation.tap_weights or []
-    teacher = frozen_copy(graph_module, without=FakeQuantize)
+    teacher = compilation.sparse_teacher
+    assert teacher is not None
     report = train(compilation, teacher, phase, name="quantize", tap_weights=weights)
     names = [tap.name for tap in taps_of(graph_module)]
     compilation.finetune["quantize"] = {
         **report.as_dict(),
         "tap_weights": dict(zip(names, weights, strict=True)),
     }
+    compilation.sparse_teacher = None
     result.changed = 1
+    result.remarks += report.remarks
     result.remarks.append(
         passed("finetuned", f"{report.steps} steps, stopped by {report.stopped_by}")
     )

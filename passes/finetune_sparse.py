@@ -41,6 +41,7 @@ def run(compilation: Compilation) -> PassResult:
         report = train(compilation, dense, phase, name="sparse", tap_weights=thetas)
         compilation.finetune["sparse"] = report.as_dict()
         result.changed = 1
+        result.remarks += report.remarks
         result.remarks.append(
             passed("finetuned", f"{report.steps} steps, stopped by {report.stopped_by}")
         )

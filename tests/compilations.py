@@ -13,7 +13,6 @@ import torch.fx
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from gpusq_compile.api import seed_everything
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.console import Console
 from gpusq_compile.driver import run_passes
@@ -23,6 +22,7 @@ from gpusq_compile.network import Network
 from gpusq_compile.options import Options
 from gpusq_compile.passes import PIPELINE
 from gpusq_compile.plan import LayerPlan, planned
+from gpusq_compile.randomness import seed_everything
 from gpusq_compile.remarks import Kind, Remark
 
 SPARSE: dict[str, Any] = {"pattern": "2:4"}
@@ -96,6 +96,7 @@ def fork(compilation: Compilation) -> Compilation:
         records=list(compilation.records),
         finetune=dict(compilation.finetune),
         accuracy=dict(compilation.accuracy),
+        metrics=dict(compilation.metrics),
         verify=dict(compilation.verify),
     )
 

@@ -147,8 +147,10 @@ def test_the_report_says_what_became_of_each_layer(result: CompileResult, output
 def test_the_report_covers_the_whole_run(result: CompileResult) -> None:
     report = result.report
     assert [step["name"] for step in report["passes"]] == [
-        "trace", "canonicalize", "mark", "sparsify", "tap", "finetune_sparse", "quantize",
-        "finetune_quantized", "fold", "export_onnx", "surgery", "verify_onnx", "build_engine",
+        "trace", "canonicalize", "mark",
+        "permute", "tap", "sparsify", "finetune_sparse",
+        "smooth", "quantize", "reconstruct", "finetune_quantized",
+        "fold", "export_onnx", "surgery", "verify_onnx", "build_engine",
     ]  # fmt: skip
     for phase in ("sparse", "quantize"):
         assert report["finetune"][phase]["stopped_by"] == "budget"

@@ -15,20 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from gpusq_compile.accuracy import evaluate
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.data import Batch
 from gpusq_compile.errors import CheckFailed, InputError
 from gpusq_compile.finetune import loop
-from gpusq_compile.finetune.loop import (
-    SMOOTHING,
-    Limits,
-    distillation_loss,
-    learning_rate_factor,
-    planned_steps,
-    tap_shares,
-    thinned,
-    train,
-)
+from gpusq_compile.finetune.distill import distillation_loss
+from gpusq_compile.finetune.limits import SMOOTHING, Limits
+from gpusq_compile.finetune.loop import tap_shares, thinned, train
+from gpusq_compile.finetune.optimizer import make_optimizer, unfreeze
 from gpusq_compile.finetune.taps import features_of, listen, taps_of
 from gpusq_compile.finetune.teacher import frozen_copy, zero_masked_weights
 from gpusq_compile.graph.query import tensor_attribute
@@ -59,7 +54,7 @@ def tiny(**rest: Any) -> Compilation:
 @pytest.fixture(scope="module")
 def masked() -> Compilation:
     """Tapped and masked, both phases still to come."""
-    return run_until(tiny(), "tap")
+    return run_until(tiny(), "sparsify")
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +78,11 @@ def scales_of(compilation: Compilation) -> dict[str, Tensor]:
 
 
 def run_phase(compilation: Compilation, phase: Phase, teacher: Any = None) -> loop.PhaseReport:
-    """One phase as its pass runs it: the teacher is copied before the pruned weights are gone."""
-    name, inserted = (
-        ("quantize", FakeQuantize) if isinstance(phase, QuantizePhase) else ("sparse", Mask)
-    )
-    teacher = teacher or frozen_copy(compilation.ir, without=inserted)
+    """One phase as its pass runs it."""
+    second = isinstance(phase, QuantizePhase)
+    name = "quantize" if second else "sparse"
+    teacher = teacher or (compilation.sparse_teacher if second else compilation.dense_teacher)
+    assert teacher is not None
     zero_masked_weights(compilation.ir)
     taps = [1.0] * len(taps_of(compilation.ir))
     return train(compilation, teacher, phase, name=name, tap_weights=taps)
@@ -99,13 +94,14 @@ def run_phase(compilation: Compilation, phase: Phase, teacher: Any = None) -> lo
 @pytest.mark.parametrize("with_labels", [True, False])
 def test_the_loss_is_that_of_the_algorithm(masked: Compilation, with_labels: bool) -> None:
     compilation = fork(masked)
-    dense = frozen_copy(compilation.ir, without=Mask)
+    dense = compilation.dense_teacher
+    assert dense is not None
     zero_masked_weights(compilation.ir)
     inputs, labels = DATA[0]
     batch = Batch((inputs,), labels if with_labels else None)
     listen(compilation.ir)
     listen(dense)
-    found = distillation_loss(compilation, compilation.ir, dense, batch, [2.0, 3.0, 4.0], 1)
+    found = distillation_loss(compilation, compilation.ir, dense, batch, [2.0, 3.0, 4.0], "it")
 
     student, teacher = compilation.ir(inputs), dense(inputs)
     ours, theirs = (features_of(taps_of(graph)) for graph in (compilation.ir, dense))
@@ -127,7 +123,8 @@ def test_the_dense_and_the_sparse_teacher_are_the_student_without_its_inserted_n
     quantized: Compilation,
 ) -> None:
     batch = images(4)
-    sparse_teacher = frozen_copy(quantized.ir, without=FakeQuantize)
+    sparse_teacher = quantized.sparse_teacher
+    assert sparse_teacher is not None
     assert not any(isinstance(m, FakeQuantize) for m in sparse_teacher.modules())
     assert any(isinstance(m, Mask) for m in sparse_teacher.modules())
     assert not any(p.requires_grad for p in sparse_teacher.parameters())
@@ -146,7 +143,8 @@ def test_tap_weights_are_each_taps_share_of_the_loss_between_dense_and_sparse(
     masked: Compilation,
 ) -> None:
     compilation = fork(masked)
-    dense = frozen_copy(compilation.ir, without=Mask)
+    dense = compilation.dense_teacher
+    assert dense is not None
     zero_masked_weights(compilation.ir)
     shares = tap_shares(compilation, dense, compilation.ir)
     assert not any(tap.listening for tap in (*taps_of(compilation.ir), *taps_of(dense)))
@@ -168,7 +166,7 @@ def test_tap_weights_are_each_taps_share_of_the_loss_between_dense_and_sparse(
 
 
 def test_models_that_agree_give_every_tap_the_same_weight(masked: Compilation) -> None:
-    same = frozen_copy(masked.ir, without=FakeQuantize)
+    same = frozen_copy(masked.ir)
     assert tap_shares(masked, same, masked.ir) == [1 / 3] * 3
 
 
@@ -180,7 +178,8 @@ phases = st.fixed_dictionaries(
         "lr": st.sampled_from([1e-4, 1e-2]),
         "weight_decay": st.sampled_from([0.0, 0.01, 0.5]),
         "momentum": st.sampled_from([0.0, 0.9]),
-        "schedule": st.sampled_from(["cosine", "constant"]),
+        "schedule": st.sampled_from(["cosine", "constant", "polynomial"]),
+        "autocast": st.sampled_from([None, "bfloat16"]),
         "warmup_steps": st.integers(0, 2),
         "clip_norm": st.sampled_from([None, 0.1]),
         "max_steps": st.integers(1, 4),
@@ -226,12 +225,13 @@ def test_pruned_weights_are_exactly_zero_after_any_phase_with_any_optimizer(
 
 
 def test_the_teacher_never_changes(masked: Compilation, quantized: Compilation) -> None:
-    for start, phase, without in (
-        (masked, Phase(max_steps=3, lr=0.1), Mask),
-        (quantized, QuantizePhase(max_steps=3, lr=0.1, scale_lr=0.1), FakeQuantize),
+    for start, phase in (
+        (masked, Phase(max_steps=3, lr=0.1)),
+        (quantized, QuantizePhase(max_steps=3, lr=0.1, scale_lr=0.1)),
     ):
         compilation = fork(start)
-        teacher = frozen_copy(compilation.ir, without=without)
+        teacher = start.dense_teacher if start is masked else start.sparse_teacher
+        assert teacher is not None
         before = {name: value.clone() for name, value in teacher.state_dict().items()}
         run_phase(compilation, phase, teacher)
         assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
@@ -261,7 +261,7 @@ def test_scales_have_a_learning_rate_of_their_own(quantized: Compilation) -> Non
 def test_weight_decay_reaches_matrices_and_neither_vectors_nor_scales(
     quantized: Compilation,
 ) -> None:
-    optimizer = loop.make_optimizer(
+    optimizer = make_optimizer(
         trainable(quantized).ir, QuantizePhase(weight_decay=0.3, lr=0.1, scale_lr=0.2)
     )
     matrices, vectors, scales = optimizer.param_groups
@@ -275,7 +275,7 @@ def test_weight_decay_reaches_matrices_and_neither_vectors_nor_scales(
 
 def trainable(compilation: Compilation) -> Compilation:
     forked = fork(compilation)
-    loop.unfreeze(forked.ir, forked.frozen)
+    unfreeze(forked.ir, forked.frozen)
     return forked
 
 
@@ -351,25 +351,115 @@ def test_training_lowers_the_loss(sparse: Compilation) -> None:
     assert report.curve[-1]["feature"] < 0.8 * report.curve[0]["feature"]
 
 
-# --- budgets and schedules -----------------------------------------------------------------------
+# --- evaluation, accumulation, precision ---------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("phase", "options", "steps"),
-    [
-        (Phase(epochs=2), {}, 6),
-        (Phase(epochs=0.5), {}, 2),
-        (Phase(epochs=0.01), {}, 1),
-        (Phase(epochs=9, max_steps=4), {}, 4),
-        (Phase(epochs=2), {"epochs": 3.0}, 9),
-        (Phase(epochs=2, max_steps=4), {"steps": 11}, 11),
-    ],
-)
-def test_the_budget_is_the_options_before_the_rules(
-    phase: Phase, options: dict[str, Any], steps: int
+def test_the_best_weights_are_kept_and_the_evaluations_reported(sparse: Compilation) -> None:
+    sparse.source.eval_data = lambda: DATA
+    # Steps that get larger and larger leave the best weights behind.
+    phase = Phase(max_steps=6, epochs=9, lr=0.3, eval_every=1, keep="best", schedule="constant")
+    report = run_phase(sparse, phase)
+    scores = [entry["top1"] for entry in report.evaluations]
+    assert [entry["step"] for entry in report.evaluations] == [1, 2, 3, 4, 5, 6]
+    assert report.kept_step == 1 + scores.index(max(scores))
+    kept = weights_of(sparse)
+    assert evaluate(sparse, sparse.ir)["top1"] == max(scores)
+    assert scores[-1] < max(scores)
+    last = fork(sparse)
+    again = run_phase(last, phase.model_copy(update={"keep": "last"}))
+    assert again.kept_step is None
+    assert any(not torch.equal(kept[name], value) for name, value in weights_of(last).items())
+
+
+def test_the_best_is_looked_for_after_every_epoch(sparse: Compilation) -> None:
+    sparse.source.eval_data = lambda: DATA
+    report = run_phase(sparse, Phase(epochs=2, keep="best"))
+    assert [entry["step"] for entry in report.evaluations] == [3, 6]
+
+
+def test_without_evaluation_data_the_last_weights_are_kept_and_a_remark_says_so(
+    sparse: Compilation,
 ) -> None:
-    compilation = tiny(**options)
-    assert planned_steps(compilation, phase, lambda: DATA) == steps
+    report = run_phase(sparse, Phase(max_steps=1, keep="best"))
+    assert [remark.code for remark in report.remarks] == ["no-eval-data"]
+    assert report.evaluations == []
+
+
+def test_evaluating_on_the_way_changes_nothing(sparse: Compilation) -> None:
+    found = []
+    for every in (None, 1):
+        compilation = fork(sparse)
+        compilation.source.eval_data = compilation.source.train_data = shuffled
+        run_phase(compilation, Phase(epochs=1, eval_every=every))
+        found.append(weights_of(compilation))
+    assert all(torch.equal(found[0][name], value) for name, value in found[1].items())
+
+
+def test_accumulated_batches_train_as_one_batch(sparse: Compilation) -> None:
+    whole = tuple(torch.cat(parts) for parts in zip(*DATA, strict=True))
+    found = []
+    for data, size in (([whole], None), (DATA, 24)):
+        compilation = fork(sparse)
+        compilation.source.train_data = partial(identity, data)
+        report = run_phase(
+            compilation, Phase(max_steps=2, epochs=9, optimizer="sgd", lr=0.01, batch_size=size)
+        )
+        assert report.images == 48
+        found.append((weights_of(compilation), report.curve))
+    (one, curve), (several, accumulated) = found
+    for name, value in one.items():
+        torch.testing.assert_close(several[name], value, rtol=1e-3, atol=1e-4)
+    for before, now in zip(curve, accumulated, strict=True):
+        assert now == pytest.approx(before, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("second", [False, True], ids=["sparse", "quantize"])
+def test_autocast_trains_float32_weights_to_about_the_same_losses(
+    dtype: Any, second: bool, masked: Compilation, quantized: Compilation
+) -> None:
+    start = quantized if second else masked
+    kind = QuantizePhase if second else Phase
+    curves = []
+    for autocast in (None, dtype):
+        compilation = fork(start)
+        report = run_phase(compilation, kind(epochs=3, lr=1e-3, autocast=autocast))
+        assert all(value.dtype == torch.float32 for value in weights_of(compilation).values())
+        curves.append([entry["total"] for entry in report.curve])
+    assert curves[0] != curves[1]
+    assert curves[1] == pytest.approx(curves[0], rel=0.1)
+
+
+# --- the data ------------------------------------------------------------------------------------
+
+
+def test_batches_with_and_without_labels_may_alternate(sparse: Compilation) -> None:
+    (inputs, labels), *_ = DATA
+    sparse.source.train_data = lambda: [(inputs, labels), inputs]
+    report = run_phase(sparse, Phase(epochs=1, lr=1e-12))
+    with_labels, without = report.curve
+    assert with_labels["soft"] == pytest.approx(without["soft"], rel=1e-4)
+    assert with_labels["hard"] != pytest.approx(without["hard"], rel=1e-3)
+
+
+def test_soft_labels_stand_in_for_missing_ones(sparse: Compilation) -> None:
+    (inputs, _), *_ = DATA
+    hard_parts = []
+    for labels in ("hard", "soft"):
+        compilation = tiny(train_data=[inputs])
+        finetune = compilation.rules.finetune.model_copy(update={"labels": labels})
+        file = compilation.rules.file.model_copy(update={"finetune": finetune})
+        compilation.rules = replace(compilation.rules, file=file)
+        run_until(compilation, "sparsify")
+        hard_parts.append(run_phase(compilation, Phase(max_steps=1)).curve[0]["hard"])
+    assert hard_parts[0] != pytest.approx(hard_parts[1], rel=1e-4)
+
+
+def test_batches_of_any_size_train(sparse: Compilation) -> None:
+    (inputs, labels), *_ = DATA
+    sparse.source.train_data = lambda: [(inputs[:n], labels[:n]) for n in (8, 1, 5)]
+    report = run_phase(sparse, Phase(epochs=2))
+    assert (report.steps, report.images) == (6, 28)
 
 
 def test_data_without_a_length_is_counted_and_read_again_each_epoch(sparse: Compilation) -> None:
@@ -383,17 +473,6 @@ def test_data_without_a_length_is_counted_and_read_again_each_epoch(sparse: Comp
     report = run_phase(sparse, Phase(epochs=2))
     assert report.steps == 4
     assert len(reads) == 3
-
-
-def test_the_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
-    phase = Phase(warmup_steps=3, schedule="cosine")
-    factors = [learning_rate_factor(phase, step, 11) for step in range(11)]
-    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
-    assert factors[7] == pytest.approx(0.5)
-    assert factors[3:] == sorted(factors[3:], reverse=True)
-    assert factors[-1] > 0
-    constant = Phase(warmup_steps=1, schedule="constant")
-    assert [learning_rate_factor(constant, step, 4) for step in range(4)] == [0.5, 1, 1, 1]
 
 
 def test_the_reports_curve_keeps_its_ends_and_is_never_too_long() -> None:

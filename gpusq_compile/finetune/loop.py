@@ -2,57 +2,63 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.fx
 
+from gpusq_compile.accuracy import criterion, evaluate
 from gpusq_compile.compilation import Compilation
-from gpusq_compile.data import (
-    Batch,
-    batches,
-    check_labels,
-    logits_of,
-    require_train_data,
-)
-from gpusq_compile.errors import CheckFailed, InputError
-from gpusq_compile.finetune.losses import (
-    LossParts,
-    combine,
-    hard_label_loss,
-    prune_loss_shares,
-    soft_logits_loss,
-    tap_losses,
-)
+from gpusq_compile.data import batches, require_train_data
+from gpusq_compile.errors import CheckFailed
+from gpusq_compile.finetune import checkpoint
+from gpusq_compile.finetune.distill import distillation_loss, run_to_taps
+from gpusq_compile.finetune.feed import Feed, Position
+from gpusq_compile.finetune.limits import Limits
+from gpusq_compile.finetune.losses import prune_loss_shares, tap_losses
+from gpusq_compile.finetune.optimizer import make_optimizer, trained_parameters, unfreeze
+from gpusq_compile.finetune.schedule import learning_rate_factor, plan_budget
 from gpusq_compile.finetune.taps import features_of, listen, taps_of
-from gpusq_compile.language.training import Phase, QuantizePhase
-from gpusq_compile.model_source import DataFactory
-from gpusq_compile.plan import Treatment, planned
-from gpusq_compile.quantization.fake_quantize import FakeQuantize
+from gpusq_compile.language.training import Phase
+from gpusq_compile.randomness import derived_seed, seed_everything
+from gpusq_compile.remarks import Remark, analysis, missed
 
-SMOOTHING = 0.95
-"""Weight of the past in the smoothed loss that thresholds and plateaus are judged by."""
-MIN_IMPROVEMENT = 1e-3
-"""Relative improvement of the smoothed loss that counts against a plateau."""
-PHASES = ("sparse", "quantize")
 CURVE_POINTS = 200
 """Most points of the loss curve that the report keeps."""
+LOSS_NOT_FINITE = "loss-not-finite"
+PARTS = ("total", "hard", "soft", "feature")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Best:
+    """The best evaluation so far, and the weights that it was measured with."""
+
+    score: float
+    step: int
+    weights: dict[str, torch.Tensor]
 
 
 @dataclass
 class PhaseReport:
     """What the report says of one phase. `curve` holds loss parts by step (from 1)."""
 
-    steps: int
-    seconds: float
-    images: int
-    stopped_by: str
-    curve: list[dict[str, float]]
-    settings: dict[str, Any]
+    steps: int = 0
+    seconds: float = 0.0
+    images: int = 0
+    stopped_by: str = "budget"
+    curve: list[dict[str, float]] = field(default_factory=list)
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    kept_step: int | None = None
+    resumed_at: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    remarks: list[Remark] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -61,6 +67,9 @@ class PhaseReport:
             "images": self.images,
             "stopped_by": self.stopped_by,
             "loss": thinned(self.curve),
+            "evaluations": self.evaluations,
+            "kept_step": self.kept_step,
+            "resumed_at": self.resumed_at,
             "settings": self.settings,
         }
 
@@ -98,97 +107,285 @@ def train(
 
     Args:
         teacher: frozen graph with the same taps as the student.
-        name: what the progress and messages call the phase: `sparse` or `quantize`.
+        name: what progress, messages and checkpoints call the phase: `sparse` or `quantize`.
         tap_weights: weight of each tap's loss, in the order of the taps.
 
     Raises:
-        InputError: no training data, or labels outside the model's classes.
-        CheckFailed: the loss became NaN or infinite; the message names the step and the part.
+        InputError: no training data, labels outside the model's classes, or a checkpoint that
+            cannot be resumed from.
+        CheckFailed: the loss became NaN or infinite; the message names the step and the tap.
     """
-    student = compilation.ir
-    factory = require_train_data(compilation.source, name)
-    total_steps = planned_steps(compilation, phase, factory)
-    unfreeze(student, compilation.frozen)
-    optimizer = make_optimizer(student, phase)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(phase, step, total_steps)
-    )
-    listen(student)
-    listen(teacher)
-    # The order of the data depends on the seed and the phase alone, not on what ran before.
-    torch.manual_seed(compilation.options.seed + PHASES.index(name))
-    curve: list[dict[str, float]] = []
-    limits = Limits(phase)
-    stopped_by = "budget"
-    images = 0
-    started = time.monotonic()
-    with compilation.console.progress(f"fine-tune {name}", total_steps) as advance:
-        for step, batch in enumerate(endless(compilation, factory, total_steps), start=1):
-            parts = distillation_loss(compilation, student, teacher, batch, tap_weights, step)
-            optimizer.zero_grad(set_to_none=True)
-            parts.total.backward()  # type: ignore[no-untyped-call]
-            if phase.clip_norm is not None:
-                torch.nn.utils.clip_grad_norm_(trained_parameters(student), phase.clip_norm)
-            optimizer.step()
-            schedule.step()
-            values = parts.as_floats()
-            curve.append({"step": step, **values})
-            images += batch.size
-            advance(describe(values))
-            met = limits.met(values["total"])
-            if met is not None:
-                stopped_by = met
-                break
-    listen(student, False)
-    listen(teacher, False)
-    student.requires_grad_(False)
-    return PhaseReport(
-        steps=len(curve),
-        seconds=time.monotonic() - started,
-        images=images,
-        stopped_by=stopped_by,
-        curve=curve,
-        settings=phase.model_dump(mode="json"),
-    )
+    run = _Run(compilation, teacher, phase, name, tap_weights)
+    with listening(run.student, teacher):
+        run.train()
+    run.student.requires_grad_(False)
+    return run.report
 
 
-def distillation_loss(
-    compilation: Compilation,
-    student: torch.fx.GraphModule,
-    teacher: torch.fx.GraphModule,
-    batch: Batch,
-    tap_weights: list[float],
-    step: int,
-) -> LossParts:
-    """The loss of one batch, with the teacher's forward pass under `no_grad`."""
-    settings = compilation.rules.finetune
-    find_logits = compilation.source.logits
-    with torch.no_grad():
-        teacher_logits = logits_of(compilation.network.run(teacher, batch.inputs), find_logits)
-    student_logits = logits_of(compilation.network.run(student, batch.inputs), find_logits)
-    if batch.labels is not None:
-        check_labels(batch.labels, student_logits.shape[1], f"train_data() batch of step {step}")
-    taps = taps_of(student)
-    per_tap = tap_losses(features_of(taps), features_of(taps_of(teacher)), settings.normalize)
-    feature = sum(
-        (weight * error for weight, error in zip(tap_weights, per_tap, strict=True)),
-        start=torch.zeros((), device=student_logits.device),
-    )
-    parts = combine(
-        settings.loss,
-        hard_label_loss(student_logits, teacher_logits, batch.labels, settings.labels),
-        soft_logits_loss(student_logits, teacher_logits, settings.loss.temperature),
-        feature,
-    )
-    if not bool(torch.isfinite(parts.total.detach())):
-        bad = [tap.name for tap, e in zip(taps, per_tap, strict=True) if not e.isfinite()]
-        where = f", first at tap {bad[0]}" if bad else ""
-        raise CheckFailed(
-            "loss-not-finite",
-            f"the loss became {float(parts.total.detach())} at step {step}{where}",
-            hint="a smaller lr or clip_norm in the rules' finetune section keeps it finite",
+class _Run:
+    """A phase under way: everything that a checkpoint has to hold."""
+
+    def __init__(
+        self,
+        compilation: Compilation,
+        teacher: torch.fx.GraphModule,
+        phase: Phase,
+        name: str,
+        tap_weights: list[float],
+    ) -> None:
+        self.compilation = compilation
+        self.teacher = teacher
+        self.phase = phase
+        self.name = name
+        self.tap_weights = tap_weights
+        self.student = compilation.ir
+        self.device = compilation.device
+        self.factory = require_train_data(compilation.source, name)
+        self.budget = plan_budget(compilation, phase, self.factory)
+        unfreeze(self.student, compilation.frozen)
+        self.parameters = trained_parameters(self.student)
+        self.optimizer = make_optimizer(self.student, phase)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=phase.autocast == "float16"
         )
-    return parts
+        self.limits = Limits(phase)
+        self.best: Best | None = None
+        self.report = PhaseReport(settings=phase.model_dump(mode="json"))
+        self.finished = False
+        self.said_no_logits = False
+        self.evaluates = self._evaluates()
+        self.feed = self._feed(self._restore())
+
+    def train(self) -> None:
+        started = time.monotonic() - self.report.seconds
+        report, steps = self.report, self.budget.steps
+        label = f"fine-tune {self.name}"
+        with self.compilation.console.progress(label, steps) as advance:
+            if report.steps:
+                advance(f"resumed at step {report.steps}", report.steps)
+            while report.steps < steps and not self.finished:
+                values = self.step(report.steps + 1)
+                report.steps += 1
+                report.seconds = time.monotonic() - started
+                advance(describe(values))
+                met = self.limits.met(values["total"])
+                if met is not None:
+                    report.stopped_by = met
+                    self.finished = True
+                if self.evaluates and self._evaluation_due(report.steps):
+                    self.evaluate(report.steps)
+                kept = self.compilation.checkpoints
+                if kept is not None and kept.due(report.steps):
+                    self.save()
+        report.seconds = time.monotonic() - started
+        if not self.finished or self.best is not None:
+            self.finish()
+
+    def step(self, number: int) -> dict[str, float]:
+        """One optimizer step over the batches it accumulates; its loss parts."""
+        factor = learning_rate_factor(self.phase, number - 1, self.budget)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        self.optimizer.zero_grad(set_to_none=True)
+        taken = [self.feed.next() for _ in range(self.budget.accumulate)]
+        shares = [batch for batch in taken if batch is not None]
+        images = sum(batch.size for batch in shares)
+        sums = torch.zeros(len(PARTS) + len(self.tap_weights), device=self.device)
+        for batch in shares:
+            with self.autocast():
+                parts = distillation_loss(
+                    self.compilation,
+                    self.student,
+                    self.teacher,
+                    batch,
+                    self.tap_weights,
+                    f"train_data() batch of step {number}",
+                )
+            if parts.soft is None:
+                self._say_no_logits()
+            weight = batch.size / images
+            sums += parts.values() * batch.size
+            total = parts.total if weight == 1.0 else parts.total * weight
+            self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
+        images = self._reduce(sums, images)
+        values = dict(zip(PARTS, (sums[: len(PARTS)] / images).tolist(), strict=True))
+        self._check_finite(number, values, (sums[len(PARTS) :] / images).tolist())
+        self.scaler.unscale_(self.optimizer)
+        if self.phase.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.phase.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.report.images += images
+        self.report.curve.append({"step": number, **values})
+        return values
+
+    def _say_no_logits(self) -> None:
+        if self.compilation.rules.finetune.loss.beta and not self.said_no_logits:
+            self.said_no_logits = True
+            text = (
+                f"phase {self.name}: the model gave no logits in loss(), so the soft part (beta) "
+                "is left out"
+            )
+            self.report.remarks.append(analysis("soft-logits-skipped", text))
+
+    def _reduce(self, sums: torch.Tensor, images: int) -> int:
+        """Gradients become the mean over all processes' images, `sums` the sums over them."""
+        processes = self.compilation.processes
+        if processes.world == 1:
+            return images
+        reached = sums.new_tensor([parameter.grad is not None for parameter in self.parameters])
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        scaled = [p.grad.flatten() * images for p in self.parameters if p.grad is not None]
+        flat = processes.sum(torch.cat([*scaled, reached, sums, sums.new_tensor([images])]))
+        sizes = [p.numel() for p in self.parameters]
+        lengths = [*sizes, len(reached), len(sums), 1]
+        *parts, reached, summed, total = torch.split(flat, lengths)
+        sums.copy_(summed)
+        for parameter, part, counted in zip(self.parameters, parts, reached.tolist(), strict=True):
+            parameter.grad = (part / total).view_as(parameter) if counted else None
+        return round(float(total))
+
+    def _check_finite(self, number: int, values: dict[str, float], taps: list[float]) -> None:
+        if math.isfinite(values["total"]):
+            return
+        named = zip(taps_of(self.student), taps, strict=True)
+        bad = [tap.name for tap, error in named if not math.isfinite(error)]
+        where = f", first at tap {bad[0]}" if bad else ""
+        kept = self.compilation.checkpoints
+        saved = kept is not None and kept.load(self.name) is not None
+        raise CheckFailed(
+            LOSS_NOT_FINITE,
+            f"the loss of phase {self.name} became {values['total']} at step {number}{where}",
+            hint="a smaller lr or clip_norm in the rules' finetune section keeps it finite"
+            + ("; the last good checkpoint is kept" if saved else ""),
+        )
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        dtype = None if self.phase.autocast is None else DTYPES[self.phase.autocast]
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            yield
+
+    def _evaluates(self) -> bool:
+        wanted = self.phase.eval_every is not None or self.phase.keep == "best"
+        if wanted and self.compilation.source.eval_data is None:
+            text = "the rules evaluate during training, and there is no eval_data(): the last "
+            self.report.remarks.append(missed("no-eval-data", text + "weights are kept"))
+            return False
+        return wanted
+
+    def _evaluation_due(self, step: int) -> bool:
+        if self.finished or step == self.budget.steps:
+            return True
+        if self.phase.eval_every is not None:
+            return step % self.phase.eval_every == 0
+        epochs = self.budget.epoch_steps
+        return int(step / epochs) > int((step - 1) / epochs)
+
+    def evaluate(self, step: int) -> None:
+        """Evaluate, and remember the weights where they are the best so far."""
+        listen(self.student, False)
+        measured = evaluate(self.compilation, self.student)
+        listen(self.student)
+        self.report.evaluations.append({"step": step, **measured})
+        score = criterion(measured)
+        if self.phase.keep != "best" or score is None:
+            return
+        if self.best is None or score > self.best.score:
+            self.best = Best(score, step, copy.deepcopy(self.student.state_dict()))
+
+    def finish(self) -> None:
+        """Put the best weights back, and keep the phase's end for a resumed run."""
+        self.finished = True
+        if self.best is not None:
+            self.student.load_state_dict(self.best.weights)
+            self.report.kept_step = self.best.step
+            self.best = None
+        if self.compilation.checkpoints is not None and self.compilation.checkpoints.writes:
+            self.save()
+
+    def save(self) -> None:
+        kept = self.compilation.checkpoints
+        assert kept is not None
+        tensors = checkpoint.prefixed("student", self.student.state_dict())
+        tensors |= checkpoint.optimizer_tensors(self.optimizer)
+        random_tensors, random_state = checkpoint.random_state(self.device)
+        tensors |= random_tensors
+        if self.best is not None:
+            tensors |= checkpoint.prefixed("best", self.best.weights)
+        report = self.report
+        state = {
+            "finished": self.finished,
+            "position": self.feed.position.as_dict(),
+            "random": random_state,
+            "scaler": self.scaler.state_dict(),
+            "limits": self.limits.state(),
+            "best": None if self.best is None else [self.best.score, self.best.step],
+            "report": {
+                "steps": report.steps,
+                "seconds": report.seconds,
+                "images": report.images,
+                "stopped_by": report.stopped_by,
+                "curve": report.curve,
+                "evaluations": report.evaluations,
+                "kept_step": report.kept_step,
+            },
+        }
+        kept.save(self.name, report.steps, tensors, state)
+
+    def _restore(self) -> dict[str, Any] | None:
+        """Take up an earlier run where it left this phase; its state, None without one."""
+        kept = self.compilation.checkpoints
+        found = None if kept is None else kept.load(self.name)
+        if kept is None or found is None:
+            return None
+        tensors, state = found
+        weights = checkpoint.without_prefix("student", tensors)
+        own = self.student.state_dict()
+        if {n: v.shape for n, v in weights.items()} != {n: v.shape for n, v in own.items()}:
+            raise checkpoint.damaged(kept.folder, "it is of another model")
+        self.student.load_state_dict(weights)
+        checkpoint.restore_optimizer(self.optimizer, tensors)
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+        self.limits.restore(state["limits"])
+        if state["best"] is not None:
+            score, step = state["best"]
+            self.best = Best(score, step, checkpoint.without_prefix("best", tensors))
+        for key, value in state["report"].items():
+            setattr(self.report, key, value)
+        self.report.resumed_at = self.report.steps
+        self.report.remarks.append(analysis("resumed", f"at step {self.report.steps}"))
+        self.finished = state["finished"]
+        return {**state, "tensors": tensors}
+
+    def _feed(self, restored: dict[str, Any] | None) -> Feed:
+        feed = Feed(
+            self.factory,
+            self.device,
+            self.compilation.processes,
+            seed=derived_seed(self.compilation.options.seed, self.name),
+            length=self.budget.epoch_batches,
+            start=None if restored is None else Position(**restored["position"]),
+        )
+        if restored is not None:
+            checkpoint.restore_random_state(self.device, restored["tensors"], restored["random"])
+        return feed
+
+
+@contextmanager
+def listening(*models: torch.fx.GraphModule) -> Iterator[None]:
+    """Let the models' taps keep their feature maps for a while."""
+    for model in models:
+        listen(model)
+    try:
+        yield
+    finally:
+        for model in models:
+            listen(model, False)
 
 
 def tap_shares(
@@ -198,114 +395,17 @@ def tap_shares(
     thetas = [tap.theta for tap in taps_of(sparse)]
     sums = [0.0] * len(thetas)
     factory = require_train_data(compilation.source, "quantize")
-    listen(dense)
-    listen(sparse)
-    with torch.no_grad():
-        limit = compilation.rules.calibration.batches
+    seed_everything(derived_seed(compilation.options.seed, "tap_shares"))
+    normalize = compilation.rules.finetune.normalize
+    limit = compilation.rules.calibration.batches
+    with torch.no_grad(), listening(dense, sparse):
         for batch in batches(factory, "train_data", compilation.device, limit):
-            compilation.network.run(dense, batch.inputs)
-            compilation.network.run(sparse, batch.inputs)
-            errors = tap_losses(
-                features_of(taps_of(sparse)),
-                features_of(taps_of(dense)),
-                compilation.rules.finetune.normalize,
-            )
+            for model in (dense, sparse):
+                run_to_taps(compilation, model, batch)
+            ours, theirs = features_of(taps_of(sparse)), features_of(taps_of(dense))
+            errors = tap_losses(ours, theirs, normalize)
             sums = [total + float(error) for total, error in zip(sums, errors, strict=True)]
-    listen(dense, False)
-    listen(sparse, False)
     return prune_loss_shares(sums, thetas)
-
-
-def planned_steps(compilation: Compilation, phase: Phase, factory: DataFactory) -> int:
-    """Optimizer steps of the budget: --steps, else --epochs or the rules' epochs and max_steps."""
-    options = compilation.options
-    if options.steps is not None:
-        return options.steps
-    epochs = phase.epochs if options.epochs is None else options.epochs
-    data = factory()
-    try:
-        length = len(data)  # type: ignore[arg-type]
-    except TypeError:
-        length = sum(1 for _ in batches(factory, "train_data", torch.device("cpu")))
-    if length == 0:
-        raise InputError("data-empty", "train_data() yielded no batch")
-    steps = max(1, math.ceil(epochs * length))
-    return steps if phase.max_steps is None else min(steps, phase.max_steps)
-
-
-def endless(compilation: Compilation, factory: DataFactory, steps: int) -> Iterator[Batch]:
-    """`steps` batches, starting the data anew whenever it ends."""
-    done = 0
-    while done < steps:
-        for batch in batches(factory, "train_data", compilation.device, steps - done):
-            yield batch
-            done += 1
-
-
-def unfreeze(student: torch.fx.GraphModule, frozen: frozenset[str]) -> None:
-    """Train every parameter but those the user froze; a compressed weight trains in any case."""
-    compressed = {plan.weight for _, plan in planned(student.graph) if plan.applied != Treatment()}
-    for name, parameter in student.named_parameters():
-        parameter.requires_grad_(name not in frozen or name in compressed)
-
-
-def trained_parameters(student: torch.fx.GraphModule) -> list[torch.nn.Parameter]:
-    return [parameter for parameter in student.parameters() if parameter.requires_grad]
-
-
-def make_optimizer(student: torch.fx.GraphModule, phase: Phase) -> torch.optim.Optimizer:
-    """Weights decay; biases, norms and other vectors do not; scales have their own rate."""
-    scales = {
-        id(module.log_scale) for module in student.modules() if isinstance(module, FakeQuantize)
-    }
-    weights = [p for p in trained_parameters(student) if id(p) not in scales]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in weights if p.ndim >= 2], "weight_decay": phase.weight_decay},
-        {"params": [p for p in weights if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    if isinstance(phase, QuantizePhase):
-        learned = [p for p in trained_parameters(student) if id(p) in scales]
-        groups.append({"params": learned, "weight_decay": 0.0, "lr": phase.scale_lr})
-    groups = [group for group in groups if group["params"]]
-    if phase.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=phase.lr, momentum=phase.momentum)
-    return torch.optim.AdamW(groups, lr=phase.lr)
-
-
-def learning_rate_factor(phase: Phase, step: int, total: int) -> float:
-    """The learning rate at `step` (from 0) of `total`, as a share of its highest value."""
-    if step < phase.warmup_steps:
-        return (step + 1) / (phase.warmup_steps + 1)
-    if phase.schedule == "constant":
-        return 1.0
-    progress = (step - phase.warmup_steps) / max(1, total - phase.warmup_steps)
-    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-
-
-class Limits:
-    """Whether the smoothed loss met the threshold or stopped improving."""
-
-    def __init__(self, phase: Phase) -> None:
-        self.threshold = phase.threshold
-        self.patience = phase.patience
-        self.smoothed: float | None = None
-        self.best = float("inf")
-        self.waited = 0
-
-    def met(self, loss: float) -> str | None:
-        """`threshold`, `plateau`, or None when training goes on."""
-        past = loss if self.smoothed is None else self.smoothed
-        self.smoothed = SMOOTHING * past + (1.0 - SMOOTHING) * loss
-        if self.threshold is not None and self.smoothed <= self.threshold:
-            return "threshold"
-        if self.smoothed < self.best * (1.0 - MIN_IMPROVEMENT):
-            self.best = self.smoothed
-            self.waited = 0
-        else:
-            self.waited += 1
-        if self.patience is not None and self.waited >= self.patience:
-            return "plateau"
-        return None
 
 
 def describe(values: dict[str, float]) -> str:

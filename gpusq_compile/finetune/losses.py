@@ -13,20 +13,22 @@ from gpusq_compile.language.training import Loss
 
 @dataclass(frozen=True)
 class LossParts:
-    """Scalar tensors: the weighted sum, and the three parts before their weights."""
+    """Scalar tensors: the weighted sum, its three parts before their weights, and each tap's.
+
+    `soft` is None where a loss of the user's leaves no logits to distil.
+    """
 
     total: torch.Tensor
     hard: torch.Tensor
-    soft: torch.Tensor
+    soft: torch.Tensor | None
     feature: torch.Tensor
+    taps: tuple[torch.Tensor, ...] = ()
 
-    def as_floats(self) -> dict[str, float]:
-        return {
-            "total": float(self.total.detach()),
-            "hard": float(self.hard.detach()),
-            "soft": float(self.soft.detach()),
-            "feature": float(self.feature.detach()),
-        }
+    def values(self) -> torch.Tensor:
+        """All of them, detached, as one float32 tensor [4 + taps]."""
+        soft = torch.zeros_like(self.hard) if self.soft is None else self.soft
+        parts = (self.total, self.hard, soft, self.feature, *self.taps)
+        return torch.stack([part.detach().float() for part in parts])
 
 
 def hard_label_loss(
@@ -79,11 +81,24 @@ def tap_losses(
 
 
 def combine(
-    weights: Loss, hard: torch.Tensor, soft: torch.Tensor, feature: torch.Tensor
+    weights: Loss,
+    hard: torch.Tensor,
+    soft: torch.Tensor | None,
+    taps: Sequence[torch.Tensor],
+    tap_weights: Sequence[float],
 ) -> LossParts:
-    """alpha * hard + beta * soft + gamma * feature (Algorithm 1, lines 15 and 33)."""
-    total = weights.alpha * hard + weights.beta * soft + weights.gamma * feature
-    return LossParts(total, hard, soft, feature)
+    """alpha * hard + beta * soft + gamma * feature (Algorithm 1, lines 15 and 33).
+
+    The feature loss is the sum of each tap's error times its weight (lines 6 and 24). Without
+    logits there is no soft part.
+    """
+    feature = torch.zeros_like(hard)
+    for weight, error in zip(tap_weights, taps, strict=True):
+        feature = feature + weight * error
+    total = weights.alpha * hard + weights.gamma * feature
+    if soft is not None:
+        total = total + weights.beta * soft
+    return LossParts(total, hard, soft, feature, tuple(taps))
 
 
 def prune_loss_shares(errors: Sequence[float], thetas: Sequence[float]) -> list[float]:

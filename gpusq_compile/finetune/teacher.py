@@ -1,4 +1,4 @@
-"""Frozen teachers: a copy of the student's graph without some of what passes inserted."""
+"""Frozen teachers: copies of the student's graph from before a pass compressed it."""
 
 from __future__ import annotations
 
@@ -6,27 +6,45 @@ import copy
 
 import torch
 import torch.fx
-from torch import nn
 
-from gpusq_compile.graph.edit import bypass, finish
+from gpusq_compile.compilation import Compilation
 from gpusq_compile.graph.query import module_calls
+from gpusq_compile.plan import planned
 from gpusq_compile.sparsity import Mask
 
 
-def frozen_copy(
-    graph_module: torch.fx.GraphModule, *, without: type[nn.Module]
-) -> torch.fx.GraphModule:
-    """A copy of the graph with every call of a `without` module bypassed and nothing trainable.
+def frozen_copy(graph_module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """A copy of the graph with nothing trainable.
 
-    Without `Mask` it is M_DF, the dense teacher of the sparse phase; without `FakeQuantize` it is
+    Before pruning it is M_DF, the dense teacher of the sparse phase; before quantization it is
     M_SF, the sparse teacher of the quantized phase.
     """
     teacher = copy.deepcopy(graph_module)
-    for node, module in module_calls(teacher):
-        if isinstance(module, without):
-            bypass(node)
-    finish(teacher)
     return teacher.requires_grad_(False).eval()
+
+
+def needs_dense_teacher(compilation: Compilation) -> bool:
+    """Whether a later pass learns from the dense model: a phase, its W_j, or reconstruction."""
+    prunes = any(plan.sparsity for _, plan in planned(compilation.ir.graph))
+    phase = compilation.options.finetune and compilation.rules.finetune.sparse != "none"
+    return (
+        (phase and prunes)
+        or quantized_phase_follows(compilation)
+        or reconstruction_follows(compilation)
+    )
+
+
+def quantized_phase_follows(compilation: Compilation) -> bool:
+    return compilation.rules.finetune.quantize != "none" and _quantizes(compilation)
+
+
+def reconstruction_follows(compilation: Compilation) -> bool:
+    return compilation.rules.finetune.reconstruct != "none" and _quantizes(compilation)
+
+
+def _quantizes(compilation: Compilation) -> bool:
+    quantizes = any(plan.quantize for _, plan in planned(compilation.ir.graph))
+    return compilation.options.finetune and quantizes
 
 
 def zero_masked_weights(graph_module: torch.fx.GraphModule) -> None:

@@ -1,0 +1,97 @@
+"""Several processes that train one model: one per GPU, or per machine (accelerate, torchrun).
+
+Each process traces, calibrates and rewrites the same model, takes its share of each training
+batch, and sums gradients with the others; the first alone lowers and writes the result. A batch
+of the training data is the global batch, so the number of processes changes no loss.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from gpusq_compile.data import Batch
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's `rank` among `world` processes."""
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum of `value` over all processes, in place."""
+        if self.world > 1:
+            torch.distributed.all_reduce(value)
+        return value
+
+
+@contextmanager
+def joined(device: str) -> Iterator[tuple[Processes, str]]:
+    """Join the processes that a launcher started, if one did, and leave them at the end.
+
+    Gives this process's place, and its device: with several GPUs, the one of its local rank.
+
+    Launchers tell by the environment (torchrun's `WORLD_SIZE`, `RANK`, `LOCAL_RANK`, `MASTER_ADDR`
+    and `MASTER_PORT`, which `accelerate launch` sets too). The backend is NCCL on GPUs, else gloo.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+        yield Processes(), device
+        return
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device == "cpu")
+    try:
+        chosen = str(state.device) if device == "cuda" else device
+        yield Processes(state.process_index, state.num_processes), chosen
+    finally:
+        state.destroy_process_group()
+
+
+def shard(data: Iterable[Any], processes: Processes) -> tuple[Iterable[Any], bool]:
+    """`data` for this process, and whether its batches are shares already.
+
+    Of a DataLoader over a dataset with indices each process loads its share alone. Anything else
+    is read whole by every process, and `share` cuts its batches.
+    """
+    indexed = (
+        isinstance(data, DataLoader)
+        and data.batch_size is not None
+        and not isinstance(data.dataset, IterableDataset)
+        and data.batch_size % processes.world == 0
+    )
+    if processes.world == 1 or not indexed:
+        return data, False
+    from accelerate.data_loader import prepare_data_loader
+
+    return prepare_data_loader(
+        data,
+        num_processes=processes.world,
+        process_index=processes.rank,
+        split_batches=True,
+        even_batches=False,
+    ), True
+
+
+def share(batch: Batch, processes: Processes) -> Batch | None:
+    """The consecutive part of a batch that is this process's; None where nothing is left for it."""
+    if processes.world == 1:
+        return batch
+    size = batch.size
+    start = size * processes.rank // processes.world
+    end = size * (processes.rank + 1) // processes.world
+    if start == end:
+        return None
+
+    return batch.part(start, end)
