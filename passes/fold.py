@@ -1,10 +1,12 @@
 """fold: make integers and zeros real.
 
 Needs `quantized_tuned`. Removes taps, multiplies masks into the stored weights, replaces each
-fake-quantized weight by its int8 values and scales with a `gpusq::dequantize`, and each
-fake-quantized activation by `gpusq::quantize` and `gpusq::dequantize`. The function is exactly
-that of the fake-quantized graph, whose outputs on real batches are recorded first: the final file
-is compared with them. Guarantees `folded`: no inserted module is left.
+fake-quantized weight by its integers and scales with a `gpusq::dequantize`, and each fake-quantized
+activation by `gpusq::quantize` and `gpusq::dequantize`. 4-bit values are kept in int8, weights as
+integers of [-7, 7] and activations behind a clip to [-8, 7] steps, so that tensor cores that know
+INT8 alone compute exactly what was trained. The function is exactly that of the fake-quantized
+graph, whose outputs on real batches are recorded first: the final file is compared with them.
+Guarantees `folded`: no inserted module is left.
 """
 
 from __future__ import annotations
@@ -29,9 +31,15 @@ from gpusq_compile.graph.query import module_calls
 from gpusq_compile.lowering.runtime import Expected, record
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.plan import LayerPlan, planned, unaccounted
-from gpusq_compile.quantization.fake_quantize import FakeQuantize, quantize_values
+from gpusq_compile.quantization.fake_quantize import (
+    ACTIVATION_RANGES,
+    FakeQuantize,
+    quantize_values,
+)
 from gpusq_compile.quantization.operators import DEQUANTIZE, QUANTIZE
 from gpusq_compile.sparsity import Mask
+
+CLIP = torch.ops.aten.clamp.default
 
 EXPECTED_BATCHES = 2
 """Batches whose outputs the final file must reproduce."""
@@ -108,12 +116,18 @@ def fold_weight(graph_module: torch.fx.GraphModule, node: torch.fx.Node, plan: L
 def fold_activation(
     graph_module: torch.fx.GraphModule, node: torch.fx.Node, module: FakeQuantize
 ) -> None:
-    """fake-quantize   becomes   quantize -> dequantize."""
+    """fake-quantize   becomes   [clip] -> quantize -> dequantize."""
     graph = graph_module.graph
     path = scale_path(node)
-    add_scale(graph_module, path, module.exported_scale().detach())
+    step = module.exported_scale().detach()
+    add_scale(graph_module, path, step)
     source = node.args[0]
     with graph.inserting_before(node):
+        if module.grid != ACTIVATION_RANGES["int8"]:
+            # Quantize saturates at the ends of int8. A border within half a step of its own level
+            # rounds to that level, so rounding the borders themselves to FP16 changes no integer.
+            borders = (module.grid.qmin * float(step), module.grid.qmax * float(step))
+            source = insert_call(graph, CLIP, (source, *borders), provenance=node)
         scale = insert_get_attr(graph_module, path, provenance=node)
         levels = insert_call(graph, QUANTIZE, (source, scale), provenance=node)
         values = insert_call(graph, DEQUANTIZE, (levels, scale), provenance=node)
@@ -137,7 +151,7 @@ def add_scale(graph_module: torch.fx.GraphModule, path: str, scale: torch.Tensor
 
 PASS = Pass(
     name="fold",
-    summary="fold masks and scales into int8 weights and quantize/dequantize operators",
+    summary="fold masks and scales into integer weights and quantize/dequantize operators",
     run=run,
     requires=("quantized_tuned",),
     ensures=("folded",),

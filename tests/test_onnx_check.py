@@ -321,3 +321,117 @@ def test_the_checker_needs_nothing_but_the_file(compiled: Compilation, tmp_path:
     saved = tmp_path / "copy.onnx"
     saved.write_bytes((compiled.workdir / "model.onnx").read_bytes())
     assert check(compiled, onnx.load(saved)) == compiled.stored
+
+
+# --- 4-bit values in int8 ------------------------------------------------------------------------
+
+INT4 = {
+    "version": 1,
+    "target": {"precision": "fp16"},
+    "rules": [
+        {
+            "id": "all",
+            "match": {"op": "linear"},
+            "sparsity": {"pattern": "2:4"},
+            "quantize": {"weight": "int4", "activation": "int4", "output": "int4"},
+        }
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def compiled4() -> Compilation:
+    model = seeded(TinyViT, Shape(depth=1))
+    return run_until(begin(model, images(4), INT4, data=labelled(2)), "surgery")
+
+
+@pytest.fixture
+def model4(compiled4: Compilation) -> onnx.ModelProto:
+    assert compiled4.onnx_model is not None
+    return copy.deepcopy(compiled4.onnx_model)
+
+
+def reach_8(model: onnx.ModelProto) -> None:
+    weight = array(model, WEIGHT)
+    weight[weight == weight.max()] = 8
+    store(model, WEIGHT, weight)
+
+
+def reach_minus_8(model: onnx.ModelProto) -> None:
+    weight = array(model, WEIGHT)
+    weight[weight == weight.min()] = -8
+    store(model, WEIGHT, weight)
+
+
+def remove_the_input_clip(model: onnx.ModelProto) -> None:
+    node(model, f"{LAYER}/input_q").input[0] = node(model, f"{LAYER}/input_clip").input[0]
+
+
+def widen_the_input_clip(model: onnx.ModelProto) -> None:
+    clip = node(model, f"{LAYER}/input_clip")
+    store(model, "wide", 2 * array(model, clip.input[2]))
+    clip.input[2] = "wide"
+
+
+def open_the_input_clip(model: onnx.ModelProto) -> None:
+    """A Clip may leave a border out."""
+    del node(model, f"{LAYER}/input_clip").input[2]
+
+
+def make_an_input_border_nan(model: onnx.ModelProto) -> None:
+    clip = node(model, f"{LAYER}/input_clip")
+    store(model, "nan", np.full((), np.nan, dtype=np.float16))
+    clip.input[1] = "nan"
+
+
+def swap_the_input_borders(model: onnx.ModelProto) -> None:
+    borders = node(model, f"{LAYER}/input_clip").input
+    borders[1], borders[2] = borders[2], borders[1]
+
+
+def remove_the_output_clip(model: onnx.ModelProto) -> None:
+    clip = node(model, f"{LAYER}/output_clip")
+    node(model, f"{LAYER}/output_q").input[0] = clip.input[0]
+    model.graph.node.remove(clip)
+
+
+INT4_CASES: dict[Callable[[onnx.ModelProto], None], str] = {
+    reach_8: "its weight reaches 8, outside the symmetric range [-7, 7] of int4",
+    reach_minus_8: "its weight reaches -8, outside the symmetric range [-7, 7] of int4",
+    remove_the_input_clip: "its input is not clipped to the range of int4",
+    widen_the_input_clip: "its input is clipped to the levels -8 to 14, not -8 to 7",
+    open_the_input_clip: "its input is clipped to the levels -8 to ?, not -8 to 7",
+    make_an_input_border_nan: "its input is clipped to the levels ? to 7, not -8 to 7",
+    swap_the_input_borders: "its input is clipped to the levels 7 to -8, not -8 to 7",
+    remove_the_output_clip: "its output is not clipped to the range of int4",
+}
+
+
+@pytest.mark.parametrize("damage", INT4_CASES, ids=lambda damage: damage.__name__)
+def test_what_leaves_the_four_bits_is_named_with_its_layer(
+    compiled4: Compilation, model4: onnx.ModelProto, damage: Callable[[onnx.ModelProto], None]
+) -> None:
+    damage(model4)
+    found = check(compiled4, model4)
+    assert INT4_CASES[damage] in found[LAYER].faults, found[LAYER].faults
+    assert [name for name in found if found[name].faults] == [LAYER]
+
+
+def test_four_bit_layers_as_compiled_have_no_faults_and_take_a_byte_per_weight(
+    compiled4: Compilation, model4: onnx.ModelProto
+) -> None:
+    for layer in check(compiled4, model4).values():
+        assert layer.faults == ()
+        assert layer.mask_ok is True
+        assert layer.weight_dtype == "int8"
+    assert check(compiled4, model4)[LAYER].weight_bytes == 96 * 32 + 2 * 96
+
+
+def test_the_file_of_a_four_bit_model_computes_what_the_graph_computes(tmp_path: Path) -> None:
+    """In FP32, where no rounding to FP16 moves a value to the next of 16 levels."""
+    document = {**INT4, "target": {"precision": "fp32"}, "verify": {"max_difference": 1e-3}}
+    model = seeded(TinyViT, Shape(depth=1))
+    compilation = begin(model, images(4), document, tmp_path, data=labelled(2))
+    run_until(compilation, "verify_onnx")
+    assert compilation.verify["ok"] is True
+    assert compilation.verify["numerics"]["min_cosine"] > 0.9999

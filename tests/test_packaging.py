@@ -85,7 +85,9 @@ def test_every_module_and_data_file_of_the_checkout_is_inside(wheel: Path) -> No
 def test_the_shipped_rules_and_passes_are_inside(wheel: Path) -> None:
     names = names_in(wheel)
     assert "gpusq_compile/rules/int8.yaml" in names
+    assert "gpusq_compile/rules/int4.yaml" in names
     assert "gpusq_compile/rules/sparse-fp16.yaml" in names
+    assert "gpusq_compile/rules/paper/deit_tiny.yaml" in names
     assert "gpusq_compile/passes/trace.py" in names
     assert "gpusq_compile/language/rules.schema.json" in names
 

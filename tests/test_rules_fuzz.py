@@ -14,7 +14,8 @@ from gpusq_compile.language.loader import Rules, load_rules
 from gpusq_compile.language.problems import CODES, InputErrors
 from gpusq_compile.rules import shipped_rules
 
-SHIPPED = [path.read_text(encoding="utf-8") for path in shipped_rules().values()]
+NAMES = ["int8", "int4", "sparse-fp16", "paper/mask_rcnn_swin_tiny", "paper/detr_r50"]
+SHIPPED = [shipped_rules()[name].read_text(encoding="utf-8") for name in NAMES]
 TOKENS = [
     *"{}[],:&*#?|-<>=!%@`'\"\\\n\t ~",
     "\n  - ",
@@ -59,6 +60,7 @@ TOKENS = [
     "re:(",
     "extends: int8\n",
     "extends: .\n",
+    "extends: [int4, paper/deit_tiny]\n",
 ]
 
 
@@ -114,6 +116,7 @@ def test_any_bytes(content: bytes, file: Path) -> None:
     check(file)
 
 
+KEYS = ["pattern", "weight", "op", "min", "lr", "schedule", "milestones", "smooth", "x"]
 values = st.recursive(
     st.one_of(
         st.none(),
@@ -121,11 +124,11 @@ values = st.recursive(
         st.integers(),
         st.just(10**400),
         st.floats(),
-        st.sampled_from(["none", "int8", "2:4", "linear", "re:(", "[", "", "mlp"]),
+        st.sampled_from(["none", "int8", "2:4", "linear", "step", "gptq", "re:(", "", "mlp"]),
     ),
     lambda children: st.one_of(
         st.lists(children, max_size=3),
-        st.dictionaries(st.sampled_from(["pattern", "weight", "op", "min", "lr", "x"]), children),
+        st.dictionaries(st.sampled_from(KEYS), children),
     ),
     max_leaves=6,
 )
@@ -134,7 +137,7 @@ values = st.recursive(
 @QUIET
 @given(data=st.data())
 def test_any_value_at_any_key(data: st.DataObject) -> None:
-    document: Any = load_rules(data.draw(st.sampled_from(["int8", "sparse-fp16"]))).as_dict()
+    document: Any = load_rules(data.draw(st.sampled_from(NAMES))).as_dict()
     place = document
     while True:
         keys = list(place) if isinstance(place, dict) else list(range(len(place)))

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 
+from gpusq_compile.errors import InputError
 from gpusq_compile.language.document import dump_yaml, parse_yaml
 from gpusq_compile.language.loader import Rules, load_rules
 from gpusq_compile.language.schema import Distill, Quantize, RulesFile, Sparsity
@@ -102,6 +103,31 @@ def test_shipped_int8_asks_for_sparse_int8_and_an_int8_output_of_qkv() -> None:
     assert by_id["taps"].match.role == ("patch_embed", "stage_end", "final_projection")
 
 
+def test_shipped_int4_is_int8_with_four_bits_but_for_the_ends_and_the_qkv_output() -> None:
+    int4, int8 = load_rules("int4"), load_rules("int8")
+    by_id = {located.rule.id: located.rule for located in int4.rules}
+    assert list(by_id) == [
+        *(located.rule.id for located in int8.rules),
+        "int8-patch-embedding",
+    ]
+    for located in int8.rules:
+        assert by_id[located.rule.id].match == located.rule.match
+        assert by_id[located.rule.id].sparsity == located.rule.sparsity
+    gemms, qkv, patch = (
+        by_id[rule_id].quantize for rule_id in ("gemms", "int8-qkv-output", "int8-patch-embedding")
+    )
+    assert gemms == Quantize(weight="int4", activation="int4")
+    assert qkv == Quantize(weight="int4", activation="int4", output="int8")
+    assert patch == Quantize(weight="int8", activation="int8")
+    for found, known in (
+        (int4.finetune.sparse, int8.finetune.sparse),
+        (int4.finetune.quantize, int8.finetune.quantize),
+    ):
+        assert isinstance(found, Phase)
+        assert isinstance(known, Phase)
+        assert found.epochs > known.epochs
+
+
 def test_shipped_sparse_fp16_never_quantizes() -> None:
     rules = load_rules("sparse-fp16")
     assert all(located.rule.quantize is None for located in rules.rules)
@@ -111,9 +137,9 @@ def test_shipped_sparse_fp16_never_quantizes() -> None:
 
 @pytest.mark.parametrize("name", shipped_rules())
 def test_locations_are_the_lines_of_the_rules(name: str) -> None:
-    lines = shipped_rules()[name].read_text(encoding="utf-8").splitlines()
     for located in load_rules(name).rules:
         assert located.location.line is not None
+        lines = Path(located.location.file).read_text(encoding="utf-8").splitlines()
         line = lines[located.location.line - 1]
         assert line.strip() == f"- id: {located.rule.id}"
         assert located.location.column == line.index("id:") + 1
@@ -149,16 +175,61 @@ def test_extends_takes_a_shipped_name_a_path_and_serves_mappings(tmp_path: Path)
     assert rules.rules == load_rules("int8").rules
 
 
-def test_child_may_choose_another_optimizer_than_an_inherited_momentum_is_for(
+@pytest.mark.parametrize(
+    ("inherited", "chosen"),
+    [
+        ("finetune: {sparse: {schedule: multistep, milestones: [3, 5]}}", "schedule: cosine"),
+        ("finetune: {sparse: {schedule: step, step_size: 2, decay: 0.5}}", "schedule: polynomial"),
+        ("finetune: {sparse: {schedule: polynomial, power: 2}}", "schedule: constant"),
+    ],
+)
+def test_child_may_choose_another_schedule_than_inherited_keys_are_for(
+    inherited: str, chosen: str, tmp_path: Path
+) -> None:
+    (tmp_path / "base.yaml").write_text(f"version: 1\nrules: []\n{inherited}\n")
+    rules = load_text(
+        f"version: 1\nextends: base.yaml\nfinetune: {{sparse: {{{chosen}}}}}\n", tmp_path
+    )
+    assert isinstance(rules.finetune.sparse, Phase)
+    assert f"schedule: {rules.finetune.sparse.schedule}" == chosen
+    said = rules.as_dict()["finetune"]["sparse"]
+    keys = ("milestones", "step_size", "decay", "power")
+    assert not [key for key in keys if f"{key}:" in inherited and key in said]
+    assert load_rules(rules.as_dict()).as_dict() == rules.as_dict()
+
+
+def test_a_key_without_effect_that_the_child_itself_writes_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(
+        "version: 1\nrules: []\nfinetune: {sparse: {schedule: constant}}\n"
+    )
+    with pytest.raises(InputError) as caught:
+        load_text(
+            "version: 1\nextends: base.yaml\nfinetune: {sparse: {milestones: [3]}}\n", tmp_path
+        )
+    assert caught.value.code == "unused-key"
+
+
+def test_a_key_without_effect_may_be_switched_off(tmp_path: Path) -> None:
+    load_text("version: 1\nrules: []\nfinetune: {sparse: {milestones: none}}\n", tmp_path)
+
+
+def test_of_several_extended_files_the_later_one_wins_and_a_common_parent_comes_first(
     tmp_path: Path,
 ) -> None:
-    (tmp_path / "child.yaml").write_text(
-        f"version: 1\nextends: {DATA / 'base.yaml'}\nfinetune: {{sparse: {{optimizer: adamw}}}}\n"
+    (tmp_path / "left.yaml").write_text(
+        "version: 1\nextends: int8\nscope: left\ncalibration: {weight: mse}\n"
     )
-    rules = load_rules(tmp_path / "child.yaml")
-    assert isinstance(rules.finetune.sparse, Phase)
-    assert rules.finetune.sparse.optimizer == "adamw"
-    assert load_rules(rules.as_dict()).as_dict() == rules.as_dict()
+    (tmp_path / "right.yaml").write_text("version: 1\nextends: int8\nscope: right\n")
+    rules = load_text("version: 1\nextends: [left.yaml, right.yaml]\n", tmp_path)
+    assert [Path(source).name for source in rules.sources] == [
+        "int8.yaml",
+        "left.yaml",
+        "right.yaml",
+        "rules.yaml",
+    ]
+    assert rules.scope == "right"
+    assert rules.calibration.weight == "mse"
+    assert rules.rules == load_rules("int8").rules
 
 
 def test_anchors_and_merge_keys_work(tmp_path: Path) -> None:
@@ -245,25 +316,58 @@ matches = st.fixed_dictionaries(
         "out_features": sizes,
     },
 )
-actions = st.fixed_dictionaries(
-    {"sparsity": st.sampled_from(["none", {"pattern": "2:4"}])},
+pruned = st.fixed_dictionaries(
+    {"pattern": st.just("2:4")},
     optional={
-        "quantize": st.sampled_from(["none", {"weight": "int8", "output": "int8"}]),
+        "method": st.sampled_from(["magnitude", "wanda", "obs"]),
+        "permute": st.booleans(),
+    },
+)
+quantized = st.fixed_dictionaries(
+    {"weight": st.sampled_from(["int8", "int4"])},
+    optional={
+        "activation": st.sampled_from(["int8", "int4"]),
+        "output": st.sampled_from(["int8", "int4", "none"]),
+        "rounding": st.sampled_from(["nearest", "gptq"]),
+        "smooth": st.one_of(st.just("none"), st.floats(0, 1)),
+    },
+)
+actions = st.fixed_dictionaries(
+    {"sparsity": st.one_of(st.just("none"), pruned)},
+    optional={
+        "quantize": st.one_of(st.just("none"), quantized),
         "distill": st.fixed_dictionaries({"theta": st.floats(1e-9, 1e9)}),
         "optional": st.booleans(),
         "expect": st.integers(0, 9),
     },
 )
-phases = st.fixed_dictionaries(
+limits = st.fixed_dictionaries(
     {},
     optional={
         "epochs": st.floats(0.01, 100),
         "lr": st.floats(1e-12, 1),
         "max_steps": st.integers(1, 10**6),
         "clip_norm": st.sampled_from(["none", 1.0, None]),
-        "schedule": st.sampled_from(["cosine", "constant"]),
+        "momentum": st.floats(0, 0.99),
+        "batch_size": st.integers(1, 4096),
+        "autocast": st.sampled_from(["none", "bfloat16", "float16"]),
+        "eval_every": st.integers(1, 99),
+        "keep": st.sampled_from(["last", "best"]),
     },
 )
+rising = st.lists(st.floats(0.01, 1000), min_size=1, unique=True).map(sorted)
+schedules = st.one_of(
+    st.fixed_dictionaries({}, optional={"schedule": st.sampled_from(["cosine", "constant"])}),
+    st.fixed_dictionaries({"schedule": st.just("multistep"), "milestones": rising}),
+    st.fixed_dictionaries(
+        {"schedule": st.just("step"), "step_size": st.floats(0.1, 100)},
+        optional={"decay": st.floats(0.01, 0.99)},
+    ),
+    st.fixed_dictionaries(
+        {"schedule": st.just("polynomial")}, optional={"power": st.floats(0.1, 9)}
+    ),
+)
+phases = st.builds(lambda limits, schedule: {**limits, **schedule}, limits, schedules)
 documents = st.builds(
     lambda rules, sparse, quantize, scope: {
         "version": 1,
@@ -280,6 +384,7 @@ documents = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(document=documents)
 def test_any_valid_document_survives_the_way_through_the_resolved_one(
     document: dict[str, Any],
@@ -300,6 +405,7 @@ scalars = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(value=scalars)
 def test_written_scalars_are_read_back_as_they_were(value: object) -> None:
     read = parse_yaml(dump_yaml({"key": value}), "text")

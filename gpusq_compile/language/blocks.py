@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -86,9 +87,25 @@ def _check_pattern(value: str) -> str:
 def _check_unique(value: tuple[T, ...]) -> tuple[T, ...]:
     for index, item in enumerate(value):
         if item in value[:index]:
-            raise PydanticCustomError("duplicate-value", "{item} is listed twice", {"item": item})
+            shown = f"{item:g}" if isinstance(item, float) else item
+            raise PydanticCustomError("duplicate-value", "{item} is listed twice", {"item": shown})
     return value
 
+
+def _check_rising(value: tuple[float, ...]) -> tuple[float, ...]:
+    _check_unique(value)
+    for before, item in pairwise(value):
+        if item < before:
+            raise PydanticCustomError(
+                "invalid-value",
+                "{item} comes after {before}; expected rising numbers",
+                {"item": f"{item:g}", "before": f"{before:g}"},
+            )
+    return value
+
+
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
 
 # In an Annotated type the shorthand comes last, which makes pydantic run it first.
 OneOrMore = Annotated[
@@ -98,6 +115,12 @@ OneOrMore = Annotated[
     Shorthand(_one_or_more, lambda schema: {"anyOf": [schema["items"], schema]}),
 ]
 ListOf = Annotated[tuple[T, ...], Shorthand(_list, lambda schema: schema)]
+RisingNumbers = Annotated[
+    tuple[PositiveFloat, ...],
+    Field(min_length=1),
+    AfterValidator(_check_rising),
+    Shorthand(_list, lambda schema: schema),
+]
 BlockOrNone = Annotated[
     Annotated[T, Tag("<block>")] | Annotated[Off, Tag("<none>")], Discriminator(_block_or_none)
 ]
@@ -112,8 +135,6 @@ Nullable = Annotated[
 ]
 NamePattern = Annotated[str, Field(min_length=1), AfterValidator(_check_pattern)]
 Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
-PositiveInt = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0)]
 
 
 class Block(BaseModel):

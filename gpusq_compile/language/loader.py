@@ -6,11 +6,11 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from gpusq_compile.errors import InputError, Location, did_you_mean, nearest, relative_to_cwd
+from gpusq_compile.errors import InputError, Location, nearest, relative_to_cwd
 from gpusq_compile.language.document import (
     MAX_BYTES,
     Document,
@@ -21,15 +21,42 @@ from gpusq_compile.language.document import (
 )
 from gpusq_compile.language.problems import raise_together, translate
 from gpusq_compile.language.schema import LANGUAGE_VERSION, Rule, RulesFile, Target, Verify
-from gpusq_compile.language.training import Calibration, Finetune
+from gpusq_compile.language.training import Calibration, Finetune, Phase, QuantizePhase
 from gpusq_compile.rules import shipped_rules
 
 MAPPING_NAME: Final = "<rules>"
 _YAML_SUFFIXES: Final = (".yaml", ".yml")
 
-# (block, key, the other key, the value of it without which the key does nothing, its default)
+
+@dataclass(frozen=True)
+class _Dependent:
+    """`key` has an effect only where the key `other` of the same block has one of `values`."""
+
+    block: tuple[str, ...]
+    model: type[BaseModel]
+    key: str
+    other: str
+    values: tuple[str, ...]
+
+    def chosen(self, selector: Node | None) -> str | None:
+        """The value of `other` that holds; None where the file has an unknown one."""
+        field = self.model.model_fields[self.other]
+        value = selector.value if selector else field.default
+        return str(value) if value in get_args(field.annotation) else None
+
+
 _USED_ONLY_WITH: Final = (
-    (("calibration",), "percentile", "activation", "percentile", "percentile"),
+    _Dependent(("calibration",), Calibration, "percentile", "activation", ("percentile",)),
+    *(
+        _Dependent(("finetune", phase), model, key, "schedule", schedules)
+        for phase, model in (("sparse", Phase), ("quantize", QuantizePhase))
+        for key, schedules in (
+            ("milestones", ("multistep",)),
+            ("step_size", ("step",)),
+            ("decay", ("multistep", "step")),
+            ("power", ("polynomial",)),
+        )
+    ),
 )
 
 
@@ -82,12 +109,12 @@ class Rules:
     def as_dict(self) -> dict[str, Any]:
         """The resolved document as plain values; `load_rules` reads it back to the same rules."""
         document: dict[str, Any] = self.file.model_dump(mode="json", exclude_none=True)
-        for path, key, other, needed, _ in _USED_ONLY_WITH:
+        for unused in _USED_ONLY_WITH:
             block: Any = document
-            for part in path:
+            for part in unused.block:
                 block = block[part]
-            if isinstance(block, dict) and block[other] != needed:
-                del block[key]
+            if isinstance(block, dict) and block[unused.other] not in unused.values:
+                block.pop(unused.key, None)
         return document
 
     def to_yaml(self) -> str:
@@ -146,37 +173,74 @@ def _without_echo(written: Sequence[InputError], found: Sequence[InputError]) ->
 
 
 def _read_chain(spec: str | Path | Mapping[str, Any]) -> list[Document]:
-    """The document of `spec` after all it extends, the outermost parent first."""
+    """The document of `spec` after all it extends, each once and the outermost parent first."""
     documents: list[Document] = []
-    seen: list[Path] = []
-    base = Path()
-    asked_at: Location | None = None
-    while True:
+    read: set[Path] = set()
+
+    def read_with_parents(
+        spec: str | Path | Mapping[str, Any],
+        base: Path,
+        asked_at: Location | None,
+        children: tuple[Path, ...],
+    ) -> None:
         if isinstance(spec, Mapping):
             document = parse_mapping(spec, MAPPING_NAME)
         else:
             path = _find(spec, base, asked_at)
             identity = path.resolve()
-            if identity in seen:
-                chain = [relative_to_cwd(p) for p in (*seen[seen.index(identity) :], identity)]
+            if identity in children:
+                chain = [*children[children.index(identity) :], identity]
                 raise InputError(
                     "extends-cycle",
-                    f"the file extends itself: {' -> '.join(chain)}",
+                    "the file extends itself: "
+                    + " -> ".join(relative_to_cwd(file) for file in chain),
                     location=asked_at,
                 )
-            seen.append(identity)
+            if identity in read:
+                return
+            read.add(identity)
             document = _read_file(path)
-            base = path.parent
+            base, children = path.parent, (*children, identity)
         document = _checked_alone(document)
-        documents.insert(0, document)
-        parent = document.root.get("extends")
-        if parent is None:
-            return documents
-        if not isinstance(parent.value, str):
-            hint = "write `extends: int8`, or remove the key"
-            message = "extends: expected a shipped name or a path"
-            raise InputError("wrong-type", message, location=parent.at, hint=hint)
-        spec, asked_at = parent.value, parent.at
+        for parent in _parents(document):
+            read_with_parents(str(parent.value), base, parent.at, children)
+        documents.append(document)
+
+    read_with_parents(spec, Path(), None, ())
+    return documents
+
+
+def _parents(document: Document) -> Sequence[Node]:
+    """The names and paths that a document extends, in their order."""
+    extends = document.root.get("extends")
+    if extends is None:
+        return ()
+    parents = extends.items() if isinstance(extends.value, tuple) else (extends,)
+    wrong = [parent for parent in parents or (extends,) if not isinstance(parent.value, str)]
+    if wrong:
+        raise InputError(
+            "wrong-type",
+            "extends: expected a shipped name or a path, or a list of them",
+            location=wrong[0].at,
+            hint="write `extends: int8`, or remove the key",
+        )
+    names = [parent.value for parent in parents]
+    for index, parent in enumerate(parents):
+        if parent.value in names[:index]:
+            message = f"extends: '{parent.value}' is listed twice"
+            raise InputError("duplicate-value", message, location=parent.at)
+    return parents
+
+
+def _shipped_hint(text: str, shipped: Mapping[str, Path]) -> str:
+    """The nearest shipped name, and the others; those of a folder only where it is named."""
+    by_leaf = {name.rpartition("/")[2]: name for name in shipped}
+    close = nearest(text, [*shipped, *by_leaf])
+    start = f"did you mean '{by_leaf.get(close, close)}'? " if close else ""
+    folder = text.partition("/")[0]
+    listed = [name for name in shipped if "/" not in name or name.startswith(f"{folder}/")]
+    folders = {name.partition("/")[0] for name in shipped if name not in listed}
+    return f"{start}valid: {', '.join([*listed, *(f'{name}/...' for name in sorted(folders))])}"
 
 
 def _find(spec: str | Path, base: Path, asked_at: Location | None) -> Path:
@@ -193,7 +257,7 @@ def _find(spec: str | Path, base: Path, asked_at: Location | None) -> Path:
                 "rules-is-folder",
                 f"'{text}' is a folder; expected a rules file",
                 location=asked_at,
-                hint="name one file in it, or a shipped one: " + ", ".join(shipped),
+                hint=f"name one file in it, or a shipped one; {_shipped_hint('', shipped)}",
             )
         if path.exists():
             return path
@@ -209,7 +273,7 @@ def _find(spec: str | Path, base: Path, asked_at: Location | None) -> Path:
             "unknown-rules-name",
             f"'{text}' is neither a file nor a shipped rules file",
             location=asked_at,
-            hint=did_you_mean(text, shipped),
+            hint=_shipped_hint(text, shipped),
         )
     raise InputError(
         "rules-file-missing",
@@ -229,7 +293,7 @@ def _missing_hint(path: Path, shipped: Mapping[str, Path]) -> str:
     close = nearest(path.name, beside)
     if close:
         return f"did you mean '{path.parent / close}'?"
-    return "shipped: " + ", ".join(shipped)
+    return _shipped_hint(path.stem, shipped)
 
 
 def _read_file(path: Path) -> Document:
@@ -367,23 +431,24 @@ def _rule_id(rule: Node) -> str | None:
 def _unused_keys(root: Node, files: Sequence[str]) -> list[InputError]:
     """Keys without effect, unless a later file took the effect from an earlier one's key."""
     problems = []
-    for path, key, other, needed, default in _USED_ONLY_WITH:
+    for unused in _USED_ONLY_WITH:
         block: Node | None = root
-        for part in path:
+        for part in unused.block:
             block = block.get(part) if block else None
-        node = block.get(key) if block else None
-        selector = block.get(other) if block else None
-        if node is None or (selector.value if selector else default) == needed:
+        node = block.get(unused.key) if block else None
+        selector = block.get(unused.other) if block else None
+        chosen = unused.chosen(selector)
+        if node is None or node.value in (None, "none") or chosen in (None, *unused.values):
             continue
         if selector is not None and _order(selector, files) > _order(node, files):
             continue
-        chosen = f"`{other}: {selector.value if selector else default}`"
+        others = " or ".join(f"`{unused.other}: {value}`" for value in unused.values)
         problems.append(
             InputError(
                 "unused-key",
-                f"{key} has no effect with {chosen}",
+                f"{unused.key} has no effect with `{unused.other}: {chosen}`",
                 location=node.key_at or node.at,
-                hint=f"remove it, or write `{other}: {needed}`",
+                hint=f"remove it, or write {others}",
             )
         )
     return problems

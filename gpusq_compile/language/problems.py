@@ -17,7 +17,7 @@ MAX_SHOWN: Final = 10
 
 # Codes of the language, for `--explain` and the reference.
 CODES: Final[Mapping[str, str]] = {
-    "contradiction": "Two conditions of one predicate can never both hold.",
+    "contradiction": "Two keys of one block contradict each other.",
     "duplicate-id": "Two rules of one file have the same id.",
     "duplicate-key": "A key is given twice in one mapping; YAML would drop one of the two.",
     "duplicate-value": "A list names the same value twice.",
@@ -29,7 +29,7 @@ CODES: Final[Mapping[str, str]] = {
     "invalid-glob": "A glob has a character class that cannot be read.",
     "invalid-regex": "What follows `re:` is not a Python regular expression.",
     "invalid-value": "A value is not allowed at its place.",
-    "missing-key": "A key that is always needed is missing.",
+    "missing-key": "A key that is needed at its place is missing.",
     "missing-value": "A key stands there without a value.",
     "no-rules": "The file and what it extends hold no key `rules`.",
     "not-finite": "A number is NaN or infinite.",
@@ -86,6 +86,7 @@ _EXAMPLES: Final = {
     "finetune": "{labels: hard}",
     "loss": "{alpha: 1, beta: 10, gamma: 5}",
     "sparse": "{epochs: 2}",
+    "reconstruct": "{steps: 200}",
     "verify": "{min_cosine: 0.99}",
     "rules": "[{id: gemms, match: {op: linear}, quantize: none}]",
 }
@@ -141,6 +142,8 @@ def _translate(error: Mapping[str, Any], root: Node) -> InputError | None:
     key = keys[-1] if keys else ""
     kind: str = error["type"]
     context: Mapping[str, Any] = error.get("ctx", {})
+    # A check of a whole block may name the key that it is about.
+    node = node.get(context["at"]) or node if "at" in context else node
     given = _describe(node.value)
 
     def made(code: str, message: str, hint: str | None = None) -> InputError:

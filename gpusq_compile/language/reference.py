@@ -104,13 +104,27 @@ with `# yaml-language-server: $schema=rules.schema.json`.
 """
 
 
+_RECIPES: Final = """\
+### `paper/...`
+
+The training of each model in Table 1 of GPUSQ-ViT's appendix, on top of `int8`. With
+`extends: [int4, paper/NAME]` a file of your own has the same in INT4. AdamW throughout, with a
+momentum (first beta) of 0.9, and both phases alike.
+
+| file | what it is for | epochs | images per step | rate | weight decay | schedule |
+|---|---|---|---|---|---|---|
+"""
+
+
 def reference_text() -> str:
     """The text of docs/rules.md. Raises ValueError for a shipped file without its comments."""
     parts = [_INTRODUCTION, "## Keys\n"]
     schema = build_schema()
     parts += [_section(title, model, schema) for title, model in _SECTIONS]
     parts.append("## Shipped rule files\n")
-    parts += [_shipped_section(name, path) for name, path in shipped_rules().items()]
+    shipped = shipped_rules()
+    parts += [_shipped_section(name, path) for name, path in shipped.items() if "/" not in name]
+    parts.append(_recipes({name: path for name, path in shipped.items() if "/" in name}))
     parts.append("## Error codes\n")
     parts.append("".join(f"- `{code}`: {meaning}\n" for code, meaning in sorted(CODES.items())))
     return "\n".join(parts)
@@ -200,13 +214,37 @@ def _shipped_section(name: str, path: Path) -> str:
     return f"### `{name}`\n\n{purpose}\n\n" + "\n".join(rows) + "\n\n" + _budget(rules)
 
 
+def _recipes(shipped: dict[str, Path]) -> str:
+    """One row for each file that only says how to train."""
+    rows = []
+    for name, path in shipped.items():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        purpose = _comment(lines[: _first_code_line(lines)]).partition(":")[0]
+        if not purpose:
+            raise ValueError(
+                f"{path.name}: the comment at the top that says its purpose is missing"
+            )
+        phase = load_rules(path).finetune.sparse
+        assert isinstance(phase, Phase)
+        when = ""
+        if phase.milestones is not None:
+            when = f" at {' and '.join(f'{epoch:g}' for epoch in phase.milestones)}"
+        elif phase.step_size is not None:
+            when = f" every {phase.step_size:g}"
+        rows.append(
+            f"| `{name}` | {purpose} | {phase.epochs:g} | {phase.batch_size} | {phase.lr:g} | "
+            f"{phase.weight_decay:g} | {phase.schedule}{when} |\n"
+        )
+    return _RECIPES + "".join(rows)
+
+
 def _row(rule: Rule, why: str) -> str:
     layers = "; ".join(f"`{text}`" for text in condition_texts(rule.match))
     actions = []
     for action in ACTIONS:
         block = getattr(rule, action)
         if isinstance(block, BaseModel):
-            values = dump_yaml(block.model_dump()).strip().replace("\n", ", ")
+            values = dump_yaml(block.model_dump(exclude_unset=True)).strip().replace("\n", ", ")
             actions.append(f"`{action}: {{{values}}}`")
         elif block is not None:
             actions.append(f"`{action}: none`")

@@ -79,7 +79,9 @@ class Quantize(Block):
     """Stores and computes a layer in a small integer type.
 
     All of it is symmetric with zero-point 0: weights with one scale per output channel,
-    activations and outputs with one scale per tensor.
+    activations and outputs with one scale per tensor. `int8` holds weights of -127 to 127 and
+    activations of -128 to 127, `int4` weights of -7 to 7 and activations of -8 to 7. INT4 values
+    are stored and multiplied as INT8, which is what the tensor cores take.
     """
 
     weight: IntegerType = Field(description="Type of the stored weight.")
@@ -113,6 +115,18 @@ class Quantize(Block):
                 "empty-block",
                 "the block quantizes nothing: weight, activation and output are all none",
                 {"hint": "write `quantize: none` to switch quantization off"},
+            )
+        if self.rounding == "gptq" and self.weight == "none":
+            raise PydanticCustomError(
+                "contradiction",
+                "rounding: gptq rounds the weight, and the weight stays in float",
+                {"at": "rounding", "hint": "remove it, or give `weight` an integer type"},
+            )
+        if self.smooth is not None and self.activation == "none":
+            raise PydanticCustomError(
+                "contradiction",
+                "smooth evens out the channels of a quantized input, and the input stays in float",
+                {"at": "smooth", "hint": "remove it, or give `activation` an integer type"},
             )
         return self
 
@@ -314,11 +328,12 @@ class RulesFile(Block):
     """A rules file: what to do with which layers, for which target, with how much fine-tune."""
 
     version: Literal[1] = Field(description="Version of the rules language.")
-    extends: Given[str] = Field(
+    extends: Given[OneOrMore[str]] = Field(
         default=None,
         description="A shipped rules file by name, or a path relative to this file. Its rules come "
         "first, an equal id replaces a rule in its place, other keys are merged and this file "
-        "wins.",
+        "wins. Of a list a later entry wins over an earlier one; what several of them extend is "
+        "read once, before all of them.",
     )
     scope: Nullable[Annotated[str, Field(min_length=1)]] = Field(
         default=None, description="Dotted name of the submodule to compile; all of it without."

@@ -10,10 +10,10 @@ from pydantic_core import PydanticCustomError
 from gpusq_compile.language.blocks import (
     Block,
     BlockOrNone,
-    ListOf,
     Nullable,
     PositiveFloat,
     PositiveInt,
+    RisingNumbers,
 )
 
 
@@ -103,11 +103,13 @@ class Phase(Block):
         "`constant`, times `decay` at each of the `milestones` (`multistep`) or every `step_size` "
         "epochs (`step`), or by the `power` of what is left (`polynomial`).",
     )
-    milestones: Nullable[ListOf[PositiveFloat]] = Field(
-        default=None, description="Epochs at which `schedule: multistep` decays."
+    milestones: Nullable[RisingNumbers] = Field(
+        default=None,
+        description="Epochs at which `schedule: multistep` decays, in rising order; needed there.",
     )
     step_size: Nullable[PositiveFloat] = Field(
-        default=None, description="Epochs between two decays of `schedule: step`."
+        default=None,
+        description="Epochs between two decays of `schedule: step`; needed there.",
     )
     decay: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.1, description="Factor of each decay of `schedule: multistep` and `step`."
@@ -144,20 +146,21 @@ class Phase(Block):
     )
 
     @model_validator(mode="after")
-    def _has_its_milestones(self) -> Self:
-        for schedule, key in (("multistep", "milestones"), ("step", "step_size")):
-            given = getattr(self, key) is not None
-            if given and self.schedule != schedule:
+    def _knows_when_to_decay(self) -> Self:
+        for schedule, key, example in (
+            ("multistep", "milestones", "[27, 33]"),
+            ("step", "step_size", "40"),
+        ):
+            if self.schedule == schedule and getattr(self, key) is None:
                 raise PydanticCustomError(
-                    "contradiction",
-                    "{key} is for schedule: {schedule}, and the schedule is {found}",
-                    {"key": key, "schedule": schedule, "found": self.schedule},
-                )
-            if not given and self.schedule == schedule:
-                raise PydanticCustomError(
-                    "missing-value",
-                    "schedule: {schedule} needs {key}",
-                    {"key": key, "schedule": schedule},
+                    "missing-key",
+                    "schedule: {schedule} needs the key '{key}'",
+                    {
+                        "schedule": schedule,
+                        "key": key,
+                        "at": "schedule",
+                        "hint": f"add `{key}: {example}`, in epochs",
+                    },
                 )
         return self
 

@@ -14,6 +14,11 @@ import torch
 from onnx import numpy_helper
 
 from gpusq_compile.plan import LayerPlan
+from gpusq_compile.quantization.fake_quantize import (
+    ACTIVATION_RANGES,
+    WEIGHT_RANGES,
+    IntegerRange,
+)
 from gpusq_compile.sparsity import PATTERNS, violations
 
 
@@ -83,11 +88,13 @@ def _check_layer(graph: _Graph, plan: LayerPlan) -> StoredLayer:
         if bad:
             faults.append(f"{bad} groups break {plan.applied.sparsity}")
     if plan.applied.weight is not None:
-        faults += _weight_faults(stored, scale, dequantize, output_axis, graph)
+        grid = WEIGHT_RANGES[plan.applied.weight]
+        faults += _weight_faults(stored, scale, dequantize, output_axis, grid, graph)
     if plan.applied.activation is not None:
-        faults += _activation_faults(graph, graph.producers.get(gemm.input[0]), "input")
+        grid = ACTIVATION_RANGES[plan.applied.activation]
+        faults += _activation_faults(graph, graph.producers.get(gemm.input[0]), grid, "input")
     if plan.applied.output is not None:
-        faults += _output_faults(graph, gemm)
+        faults += _output_faults(graph, gemm, ACTIVATION_RANGES[plan.applied.output])
     size = stored.nbytes + (scale.nbytes if scale is not None else 0)
     return StoredLayer(plan.name, str(stored.dtype), mask_ok, size, tuple(faults))
 
@@ -97,6 +104,7 @@ def _weight_faults(
     scale: np.ndarray | None,
     dequantize: onnx.NodeProto | None,
     output_axis: int,
+    grid: IntegerRange,
     graph: _Graph,
 ) -> list[str]:
     if dequantize is None or scale is None:
@@ -104,8 +112,10 @@ def _weight_faults(
     faults = []
     if stored.dtype != np.int8:
         faults.append(f"its weight is {stored.dtype}, not int8")
-    if int(stored.min(initial=0)) < -127:
-        faults.append("its weight reaches -128, outside the symmetric range")
+    for reached in (int(stored.min(initial=0)), int(stored.max(initial=0))):
+        if not grid.qmin <= reached <= grid.qmax:
+            allowed = f"the symmetric range [{grid.qmin}, {grid.qmax}] of {grid.name}"
+            faults.append(f"its weight reaches {reached}, outside {allowed}")
     if scale.shape != (stored.shape[output_axis],):
         faults.append(f"{scale.shape} scales for {stored.shape[output_axis]} output channels")
     if _attribute(dequantize, "axis", 1) != output_axis:
@@ -115,7 +125,9 @@ def _weight_faults(
     return faults + _zero_point_faults(graph, dequantize, "weight")
 
 
-def _activation_faults(graph: _Graph, dequantize: onnx.NodeProto | None, side: str) -> list[str]:
+def _activation_faults(
+    graph: _Graph, dequantize: onnx.NodeProto | None, grid: IntegerRange, side: str
+) -> list[str]:
     if dequantize is None or dequantize.op_type != "DequantizeLinear":
         return [f"its {side} is not quantized"]
     quantize = graph.producers.get(dequantize.input[0])
@@ -131,12 +143,38 @@ def _activation_faults(graph: _Graph, dequantize: onnx.NodeProto | None, side: s
         faults += _zero_point_faults(graph, node, side)
     if not faults and float(scales[0]) != float(scales[1]):  # type: ignore[arg-type]
         faults.append(f"its {side} is quantized by {scales[0]} and dequantized by {scales[1]}")
+    if not faults and grid != ACTIVATION_RANGES["int8"]:
+        faults += _clip_faults(graph, quantize, float(scales[0]), grid, side)  # type: ignore[arg-type]
     return faults
 
 
-def _output_faults(graph: _Graph, gemm: onnx.NodeProto) -> list[str]:
+def _clip_faults(
+    graph: _Graph, quantize: onnx.NodeProto, scale: float, grid: IntegerRange, side: str
+) -> list[str]:
+    """Whether the values are held to the levels of a type narrower than int8."""
+    clip = graph.producers.get(quantize.input[0])
+    if clip is None or clip.op_type != "Clip":
+        return [f"its {side} is not clipped to the range of {grid.name}"]
+    low, high = (_level(graph, clip, index, scale) for index in (1, 2))
+    if (low, high) != (str(grid.qmin), str(grid.qmax)):
+        allowed = f"{grid.qmin} to {grid.qmax}"
+        return [f"its {side} is clipped to the levels {low} to {high}, not {allowed}"]
+    return []
+
+
+def _level(graph: _Graph, clip: onnx.NodeProto, index: int, scale: float) -> str:
+    """The level that a border of a Clip rounds to; `?` where it is no finite constant."""
+    border = graph.array(clip.input[index]) if index < len(clip.input) else None
+    if border is None or not np.isfinite(border).all():
+        return "?"
+    return str(round(float(border) / scale))
+
+
+def _output_faults(graph: _Graph, gemm: onnx.NodeProto, grid: IntegerRange) -> list[str]:
     users = graph.users.get(gemm.output[0], [])
     if len(users) == 1 and users[0].op_type == "Add":
+        users = graph.users.get(users[0].output[0], [])
+    if grid != ACTIVATION_RANGES["int8"] and len(users) == 1 and users[0].op_type == "Clip":
         users = graph.users.get(users[0].output[0], [])
     if not users or any(user.op_type != "QuantizeLinear" for user in users):
         return ["its output is not quantized"]
@@ -144,7 +182,7 @@ def _output_faults(graph: _Graph, gemm: onnx.NodeProto) -> list[str]:
         fault
         for user in users
         for reader in graph.users.get(user.output[0], [])
-        for fault in _activation_faults(graph, reader, "output")
+        for fault in _activation_faults(graph, reader, grid, "output")
     ]
 
 

@@ -54,6 +54,8 @@ def untranspose(weight: gs.Constant) -> bool:
 def name_quantizers(gemm: gs.Node) -> None:
     """Name the Q/DQ nodes at a GEMM after it: `LAYER/input_q`, `LAYER/weight_dq`, ...
 
+    The clip in front of a 4-bit quantizer is `LAYER/input_clip` or `LAYER/output_clip`.
+
     A quantized input that several layers read bears the name of the last of them.
     """
     _name_output_quantizer(gemm)
@@ -65,12 +67,20 @@ def name_quantizers(gemm: gs.Node) -> None:
         quantize = _producer(dequantize.inputs[0])
         if quantize is not None and quantize.op == "QuantizeLinear":
             quantize.name = f"{gemm.name}/{side}_q"
+            clip = _producer(quantize.inputs[0])
+            if clip is not None and clip.op == "Clip":
+                clip.name = f"{gemm.name}/{side}_clip"
 
 
 def _name_output_quantizer(gemm: gs.Node) -> None:
     readers = list(gemm.outputs[0].outputs)
     if len(readers) == 1 and readers[0].op == "Add":
         readers = list(readers[0].outputs[0].outputs)
+    if len(readers) == 1 and readers[0].op == "Clip":
+        clip = readers[0]
+        readers = list(clip.outputs[0].outputs)
+        if len(readers) == 1 and readers[0].op == "QuantizeLinear":
+            clip.name = f"{gemm.name}/output_clip"
     if len(readers) == 1 and readers[0].op == "QuantizeLinear":
         readers[0].name = f"{gemm.name}/output_q"
         for dequantize in readers[0].outputs[0].outputs:
