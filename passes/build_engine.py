@@ -54,12 +54,15 @@ def run(compilation: Compilation) -> PassResult:
 
 
 def marked_gemms(plans: list[LayerPlan], precision: str) -> list[MarkedGemm]:
-    """What the engine should do with each layer that was changed."""
+    """What the engine should do with each layer that was changed.
+
+    INT4 values are stored and multiplied as INT8: no engine has an INT4 GEMM with INT4 activations.
+    """
     gemms = []
     for plan in plans:
         if plan.applied == Treatment():
             continue
-        integer = plan.applied.weight == "int8" and plan.applied.activation == "int8"
+        integer = plan.applied.weight is not None and plan.applied.activation is not None
         expected = cast(Literal["int8", "fp16", "fp32"], "int8" if integer else precision)
         gemms.append(MarkedGemm(plan.name, expected, plan.applied.sparsity is not None))
     return gemms

@@ -11,7 +11,7 @@ from gpusq_compile.errors import GpusqError
 from gpusq_compile.passes.build_engine import marked_gemms
 from gpusq_compile.plan import LayerPlan
 from gpusq_compile.remarks import Kind
-from tests.compilations import begin, fork, remarks_of, run_until
+from tests.compilations import SPARSE, begin, fork, make_rules, remarks_of, run_until
 from tests.models import Shape, TinyViT, images, labelled, seeded
 
 try:
@@ -39,6 +39,10 @@ def plan(**applied: str | None) -> LayerPlan:
     [
         ({"weight": "int8", "activation": "int8", "sparsity": "2:4"}, "int8", True),
         ({"weight": "int8", "activation": "int8"}, "int8", False),
+        # INT4 values are stored and multiplied as INT8.
+        ({"weight": "int4", "activation": "int4", "sparsity": "2:4"}, "int8", True),
+        ({"weight": "int4", "activation": "int8"}, "int8", False),
+        ({"weight": "int4"}, "fp16", False),
         # A weight alone is dequantized before the GEMM, which computes in the target's precision.
         ({"weight": "int8"}, "fp16", False),
         ({"activation": "int8"}, "fp16", False),
@@ -85,6 +89,25 @@ def test_every_planned_layer_is_int8_in_a_real_engine(
                 *(f"layers.0.{n}" for n in ("mix.wide", "mix.back", "feed.up", "feed.down")),
             )
         }
+    assert remarks_of(compilation, "build_engine", Kind.MISSED) == []
+
+
+@pytest.mark.skipif(bool(MISSING), reason=MISSING or "tensorrt_rtx is here")
+@pytest.mark.parametrize("output", ["int8", "int4"])
+def test_four_bit_layers_are_int8_in_a_real_engine(output: str, tmp_path: Path) -> None:
+    four = {"weight": "int4", "activation": "int4", "output": output}
+    rule = {"id": "all", "match": {"op": "linear"}, "sparsity": SPARSE, "quantize": four}
+    # Random weights: what 4 bits do to the outputs is not the question here.
+    loose = {"min_cosine": -1, "min_top1_agreement": 0, "max_difference": 100}
+    document = make_rules(rule, precision="fp16", verify=loose)
+    model = seeded(TinyViT, Shape(depth=1, dim=64))
+    compilation = begin(model, images(4), document, tmp_path, data=labelled(2))
+    compilation.options = type(compilation.options)(finetune=False, engine="tensorrt-rtx")
+    run_until(compilation, "build_engine")
+    assert compilation.engine is not None
+    [engine] = compilation.engine.targets.values()
+    assert {gemm.actual for gemm in engine.gemms} == {"int8"}
+    assert len(engine.gemms) >= 5
     assert remarks_of(compilation, "build_engine", Kind.MISSED) == []
 
 

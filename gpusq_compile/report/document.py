@@ -20,7 +20,8 @@ def make_report(
 ) -> dict[str, Any]:
     """The report of a compilation, finished or stopped by `error`.
 
-    Sizes are in bytes, times in seconds, accuracies in [0, 1].
+    Sizes are in bytes, times in seconds, accuracies in [0, 1]; `metrics` by stage, then by
+    the name that the user gave.
     """
     plans = [plan for _, plan in planned(compilation.graph.graph)] if compilation.graph else []
     failure = None if error is None else {"code": error.code, "message": error.message}
@@ -42,6 +43,7 @@ def make_report(
                 name: compilation.accuracy.get(name)
                 for name in ("dense", "sparse", "quantized", "onnx")
             },
+            "metrics": compilation.metrics,
             "verify": compilation.verify,
             "storage": storage(compilation, plans, model_file),
             "engine": compilation.engine.as_dict() if compilation.engine else None,

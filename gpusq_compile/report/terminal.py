@@ -62,19 +62,26 @@ def layer_table(report: dict[str, Any]) -> Table:
     """One row per role: how many layers, how many were asked for, and how many got what."""
     table = Table(title="layers", title_justify="left")
     table.add_column("role", no_wrap=True)
-    for column in ("layers", "asked", "2:4", "int8", "mask ok", "engine ok"):
+    types = weight_types(report)
+    for column in ("layers", "asked", "2:4", *types, "mask ok", "engine ok"):
         table.add_column(column, justify="right", no_wrap=True)
     roles: dict[str, list[dict[str, Any]]] = {}
     for layer in report["layers"]:
         roles.setdefault(layer["role"] or UNKNOWN, []).append(layer)
     if not roles:
-        table.add_row("(none)", *["0"] * 4, UNKNOWN, UNKNOWN)
+        table.add_row("(none)", *["0"] * (3 + len(types)), UNKNOWN, UNKNOWN)
     for role, layers in roles.items():
         table.add_row(role, *layer_counts(report, layers))
     if len(roles) > 1:
         table.add_section()
         table.add_row("all", *layer_counts(report, report["layers"]))
     return table
+
+
+def weight_types(report: dict[str, Any]) -> list[str]:
+    """The integer types that weights were given; INT8 where there were none."""
+    types = {layer["applied"]["weight"] for layer in report["layers"]} - {None}
+    return sorted(types) or ["int8"]
 
 
 def layer_counts(report: dict[str, Any], layers: list[dict[str, Any]]) -> list[str]:
@@ -85,7 +92,10 @@ def layer_counts(report: dict[str, Any], layers: list[dict[str, Any]]) -> list[s
         str(len(layers)),
         str(sum(any(layer["requested"].values()) for layer in layers)),
         str(sum(layer["applied"]["sparsity"] is not None for layer in layers)),
-        str(sum(layer["applied"]["weight"] == "int8" for layer in layers)),
+        *(
+            str(sum(layer["applied"]["weight"] == name for layer in layers))
+            for name in weight_types(report)
+        ),
         str(sum(layer["mask_ok"] is True for layer in layers)) if checked else UNKNOWN,
         UNKNOWN if right is None else str(sum(layer["name"] in right for layer in layers)),
     ]
@@ -157,6 +167,9 @@ def finetune_lines(report: dict[str, Any]) -> list[str]:
     """One line per phase: how long, the loss at its start and end, and why it ended."""
     lines = []
     for name, phase in report["finetune"].items():
+        if phase.get("blocks"):
+            lines.append(reconstruction_line(phase))
+            continue
         if not phase["steps"]:
             lines.append(f"fine-tune {name}: {phase['reason']}")
             continue
@@ -166,6 +179,18 @@ def finetune_lines(report: dict[str, Any]) -> list[str]:
             f"{phase['stopped_by']}; loss {first} -> {last}"
         )
     return lines
+
+
+def reconstruction_line(phase: dict[str, Any]) -> str:
+    """How much closer the blocks came to the dense ones, on average."""
+    blocks = phase["blocks"]
+    before, after = (
+        sum(block[key] for block in blocks) / len(blocks) for key in ("before", "after")
+    )
+    return (
+        f"reconstruct: {len(blocks)} blocks in {phase['seconds']:.0f} s; error {before:.2e} -> "
+        f"{after:.2e} of the variance on average"
+    )
 
 
 def verify_lines(report: dict[str, Any]) -> list[str]:
@@ -195,13 +220,29 @@ def number(value: float | None, form: str) -> str:
 
 
 def accuracy_lines(report: dict[str, Any]) -> list[str]:
+    """Top-1, then each of the user's metrics, at every stage where it was measured."""
     known = {name: value for name, value in report["accuracy"].items() if value is not None}
+    lines = metric_lines(report)
     if not known:
-        return ["accuracy: not measured (no labelled eval_data)"]
+        return lines or ["accuracy: not measured (no labelled eval_data)"]
     line = "top-1: " + ", ".join(f"{name} {value:.2%}" for name, value in known.items())
     if "dense" in known and "onnx" in known:
         line += f" ({100 * (known['onnx'] - known['dense']):+.2f} points)"
-    return [line]
+    return [line, *lines]
+
+
+def metric_lines(report: dict[str, Any]) -> list[str]:
+    by_stage = report.get("metrics", {})
+    names = list(dict.fromkeys(name for metrics in by_stage.values() for name in metrics))
+    return [
+        f"{name}: "
+        + ", ".join(
+            f"{stage} {number(metrics[name], '.4g')}"
+            for stage, metrics in by_stage.items()
+            if name in metrics
+        )
+        for name in names
+    ]
 
 
 def size_lines(report: dict[str, Any]) -> list[str]:
