@@ -91,15 +91,17 @@ def require_train_data(source: ModelSource, phase: str) -> DataFactory:
     )
 
 
-def require_calibration_data(source: ModelSource) -> tuple[str, DataFactory]:
-    """The data, with its name, that activation scales come from, or InputError."""
+def require_calibration_data(
+    source: ModelSource, reason: str = "the rules quantize activations"
+) -> tuple[str, DataFactory]:
+    """The data, with its name, that is there to look at layers' inputs, or InputError."""
     for name in ("calibration_data", "train_data"):
         factory = getattr(source, name)
         if factory is not None:
             return name, factory
     raise InputError(
         "no-calibration-data",
-        f"the rules quantize activations, but {source.origin} gives no data to calibrate from",
+        f"{reason}, but {source.origin} gives no data to calibrate from",
         hint=f"{how_to_give(source, 'calibration_data')}: batches of real inputs",
     )
 

@@ -16,7 +16,7 @@ import torch.fx
 import torch.nn.functional as F
 
 from gpusq_compile.compilation import Compilation
-from gpusq_compile.data import calibration_calls
+from gpusq_compile.data import calibration_calls, require_calibration_data
 from gpusq_compile.errors import InputError
 from gpusq_compile.graph.query import op_of
 from gpusq_compile.graph.walk import Walk
@@ -103,6 +103,10 @@ def _energy(matrix: torch.Tensor, moments: torch.Tensor) -> float:
     return max(float(((matrix @ moments) * matrix).sum()), 0.0)
 
 
+def looks_at_inputs(what: str) -> str:
+    return f"{what} looks at the inputs of the layers"
+
+
 class LayerInputs:
     """The inputs of a graph's layers over the calibration data, asked for in graph order.
 
@@ -120,15 +124,8 @@ class LayerInputs:
             InputError: there is no data.
         """
         source, limit = compilation.source, compilation.rules.calibration.batches
-        try:
-            calls = calibration_calls(source, compilation.network, compilation.device, limit)
-        except InputError as error:
-            if error.code == "no-calibration-data":
-                error.message = (
-                    f"{what} looks at the inputs of the layers, but {source.origin} gives no data "
-                    "to calibrate from"
-                )
-            raise
+        require_calibration_data(source, looks_at_inputs(what))
+        calls = calibration_calls(source, compilation.network, compilation.device, limit)
         self.walk = Walk(compilation.ir, calls)
         self._shared: tuple[object, torch.Tensor] | None = None
 

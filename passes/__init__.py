@@ -14,7 +14,10 @@ from gpusq_compile.passes import (
     finetune_sparse,
     fold,
     mark,
+    permute,
     quantize,
+    reconstruct,
+    smooth,
     sparsify,
     surgery,
     tap,
@@ -28,10 +31,13 @@ ANALYSIS: tuple[Pass, ...] = (trace.PASS, canonicalize.PASS, mark.PASS)
 COMPRESSION: dict[str, Pass] = {
     step.name: step
     for step in (
+        permute.PASS,
         tap.PASS,
         sparsify.PASS,
         finetune_sparse.PASS,
+        smooth.PASS,
         quantize.PASS,
+        reconstruct.PASS,
         finetune_quantized.PASS,
     )
 }
@@ -54,7 +60,11 @@ def ordered(names: Sequence[str], place: Location | None = None) -> tuple[Pass, 
     Raises:
         InputError: a pass is missing or named twice, or cannot run at its place; says why.
     """
-    names = [name for name in names if name in COMPRESSION]
+    twice = [name for name in COMPRESSION if names.count(name) > 1]
+    if twice:
+        raise InputError(
+            "pass-twice", f"passes: '{twice[0]}' stands in the list twice", location=place
+        )
     missing = [name for name in COMPRESSION if name not in names]
     if missing:
         raise InputError(
@@ -65,6 +75,7 @@ def ordered(names: Sequence[str], place: Location | None = None) -> tuple[Pass, 
             + ", ".join(COMPRESSION),
         )
     pipeline = (*ANALYSIS, *(COMPRESSION[name] for name in names), *LOWERING)
+    hint = f"the default order is {', '.join(COMPRESSION)}"
     facts: set[str] = set()
     for step in pipeline:
         for fact, reason in step.forbids.items():
@@ -73,6 +84,7 @@ def ordered(names: Sequence[str], place: Location | None = None) -> tuple[Pass, 
                     "pass-order",
                     f"passes: '{step.name}' comes too late: {reason}",
                     location=place,
+                    hint=hint,
                 )
         for fact in step.requires:
             if fact not in facts:
@@ -82,7 +94,7 @@ def ordered(names: Sequence[str], place: Location | None = None) -> tuple[Pass, 
                     f"passes: '{step.name}' comes too early: it needs what "
                     f"'{makers[0]}' makes ('{fact}')",
                     location=place,
-                    hint=f"the default order is {', '.join(COMPRESSION)}",
+                    hint=hint,
                 )
         facts -= set(step.removes)
         facts |= set(step.ensures)

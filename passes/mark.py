@@ -8,6 +8,7 @@ Guarantees `marked`: every later pass reads plans and never the rules.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,6 +31,7 @@ from gpusq_compile.language.schema import Distill
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.plan import TAP_PLAN, LayerPlan, TapPlan, Treatment, planned, update_plan
 from gpusq_compile.remarks import analysis, missed, passed
+from gpusq_compile.second_moments import looks_at_inputs
 from gpusq_compile.sparsity import PATTERNS, REDUCTION_AXIS
 
 
@@ -96,6 +98,17 @@ def require_data(compilation: Compilation) -> None:
             require_train_data(compilation.source, "quantize")
     if any(block.activation != "none" or block.output != "none" for block in blocks):
         require_calibration_data(compilation.source)
+    for what in sorted(looking_at_inputs(plans)):
+        require_calibration_data(compilation.source, looks_at_inputs(what))
+
+
+def looking_at_inputs(plans: Sequence[LayerPlan]) -> set[str]:
+    """What the rules ask for that is computed from the layers' inputs, activation scales apart."""
+    methods = {plan.sparsity.method for plan in plans if plan.sparsity} - {"magnitude"}
+    found = {f"sparsity method {method}" for method in methods}
+    blocks = [plan.quantize for plan in plans if plan.quantize]
+    found |= {"rounding gptq" for block in blocks if block.rounding == "gptq"}
+    return found | {"smooth" for block in blocks if block.smooth is not None}
 
 
 def collect(graph_module: torch.fx.GraphModule) -> list[Offer]:

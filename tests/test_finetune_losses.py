@@ -141,9 +141,15 @@ def test_the_parts_are_combined_with_their_weights() -> None:
         Loss(alpha=2.0, beta=3.0, gamma=5.0),
         torch.tensor(7.0),
         torch.tensor(11.0),
-        torch.tensor(13.0),
+        [torch.tensor(1.0), torch.tensor(4.0)],
+        [5.0, 2.0],
     )
-    assert parts.as_floats() == {"total": 112.0, "hard": 7.0, "soft": 11.0, "feature": 13.0}
+    assert parts.values().tolist() == [112.0, 7.0, 11.0, 13.0, 1.0, 4.0]
+
+
+def test_without_logits_there_is_no_soft_part() -> None:
+    parts = combine(Loss(alpha=2.0, beta=3.0), torch.tensor(7.0), None, [], [])
+    assert parts.values().tolist() == [14.0, 7.0, 0.0, 0.0]
 
 
 def test_the_default_weights_are_the_papers() -> None:

@@ -9,8 +9,6 @@ import torch
 
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.finetune.taps import taps_of
-from gpusq_compile.finetune.teacher import frozen_copy
-from gpusq_compile.quantization.fake_quantize import FakeQuantize
 from gpusq_compile.remarks import Kind
 from gpusq_compile.sparsity import PATTERNS, violations
 from tests.compilations import (
@@ -57,7 +55,8 @@ def after(before: Compilation) -> Compilation:
 def test_it_brings_the_quantized_model_closer_to_the_sparse_one(
     before: Compilation, after: Compilation
 ) -> None:
-    teacher = frozen_copy(before.ir, without=FakeQuantize)
+    teacher = before.sparse_teacher
+    assert teacher is not None
     errors = []
     with torch.no_grad():
         for compilation in (before, after):

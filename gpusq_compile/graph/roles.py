@@ -15,6 +15,8 @@ A stage is a run of blocks whose feature map has one shape; an isotropic model h
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.fx
 
@@ -211,7 +213,7 @@ def _stage_ends(
     first_attention = min(order[node] for node in attentions)
     adds = [node for node in residuals if order[node] > first_attention]
     ends = []
-    for node, following in zip(adds, [*adds[1:], None], strict=True):
+    for node, following in itertools.zip_longest(adds, adds[1:]):
         if following is None or _size(following) != _size(node):
             ends.append(node)
     return ends
