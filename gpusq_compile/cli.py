@@ -53,7 +53,7 @@ EPILOG = (
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
 @click.argument("model", required=False)
-@click.option("--rules", help="Shipped rules (int8, sparse-fp16) or a YAML file.")
+@click.option("--rules", help="Shipped rules (int8, int4, ...) or a YAML file.")
 @click.option(
     "-o", "--output", type=click.Path(), help="Output folder, made if missing [default: out/MODEL]."
 )

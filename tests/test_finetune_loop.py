@@ -224,6 +224,32 @@ def test_pruned_weights_are_exactly_zero_after_any_phase_with_any_optimizer(
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
+@steady
+@given(phases)
+def test_pruned_weights_have_neither_gradient_nor_optimizer_state(
+    masked: Compilation, settings: dict[str, Any]
+) -> None:
+    compilation = fork(masked)
+    zero_masked_weights(compilation.ir)
+    assert compilation.dense_teacher is not None
+    weights = [1.0] * len(taps_of(compilation.ir))
+    run = loop._Run(compilation, compilation.dense_teacher, Phase(**settings), "sparse", weights)
+    with loop.listening(run.student, run.teacher):
+        run.train()
+    checked = 0
+    for node, plan in planned(compilation.ir.graph):
+        [call] = [n for n in _upstream(node) if isinstance(_module(compilation, n), Mask)]
+        pruned = ~_module(compilation, call).mask.bool()
+        parameter = compilation.ir.get_parameter(plan.weight)
+        assert parameter.grad is not None
+        assert not parameter.grad[pruned].any()
+        for state in run.optimizer.state[parameter].values():
+            if torch.is_tensor(state) and state.shape == pruned.shape:
+                assert not state[pruned].any()
+                checked += 1
+    assert checked or settings["optimizer"] == "sgd"
+
+
 def test_the_teacher_never_changes(masked: Compilation, quantized: Compilation) -> None:
     for start, phase in (
         (masked, Phase(max_steps=3, lr=0.1)),
