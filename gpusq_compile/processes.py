@@ -18,6 +18,19 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from gpusq_compile.data import Batch
 
+LOADER_SETTINGS = (
+    "num_workers",
+    "collate_fn",
+    "pin_memory",
+    "timeout",
+    "worker_init_fn",
+    "multiprocessing_context",
+    "generator",
+    "prefetch_factor",
+    "persistent_workers",
+)
+"""What a DataLoader keeps when its batches become shares."""
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -73,15 +86,19 @@ def shard(data: Iterable[Any], processes: Processes) -> tuple[Iterable[Any], boo
     )
     if processes.world == 1 or not indexed:
         return data, False
-    from accelerate.data_loader import prepare_data_loader
+    from accelerate.data_loader import BatchSamplerShard
 
-    return prepare_data_loader(
-        data,
+    assert isinstance(data, DataLoader)
+    # accelerate's own loader would shuffle by a generator that starts anew in every epoch.
+    sampler = BatchSamplerShard(
+        data.batch_sampler,
         num_processes=processes.world,
         process_index=processes.rank,
         split_batches=True,
         even_batches=False,
-    ), True
+    )
+    settings = {name: getattr(data, name) for name in LOADER_SETTINGS}
+    return DataLoader(data.dataset, batch_sampler=sampler, **settings), True
 
 
 def share(batch: Batch, processes: Processes) -> Batch | None:

@@ -19,7 +19,9 @@ from gpusq_compile.passes import PIPELINE
 from tests.command_line import ONE_SHOT, TINY, Run, compile_here, finish, start, variant
 
 SHORT = ("--rules", "int8", "--steps", "3", "--engine", "none")
-FILES = ["build_engine.sh", "manifest.json", "model.onnx", "report.json"]
+FILES = [
+    *("build_engine.sh", "manifest.json", "model.onnx", "report.json", "weights.safetensors"),
+]
 
 
 def read(path: Path | str) -> Any:
@@ -101,8 +103,9 @@ class TestRealRun:
 
     def test_the_report_says_how_the_fine_tune_went(self, real: tuple[Run, Path]) -> None:
         finetune = read(real[1] / "out/report.json")["finetune"]
-        assert list(finetune) == ["sparse", "quantize"]
-        for phase in finetune.values():
+        assert list(finetune) == ["sparse", "reconstruct", "quantize"]
+        assert finetune["reconstruct"]["stopped_by"] == "skipped"
+        for phase in (finetune["sparse"], finetune["quantize"]):
             assert phase["steps"] == 3
             assert phase["stopped_by"] == "budget"
             assert phase["seconds"] > 0
@@ -210,9 +213,9 @@ class TestOptions:
 
     def test_dump_after_writes_the_graph_after_a_pass(self, compiled: Any) -> None:
         compiled(*ONE_SHOT, "-o", "out", "-q", "--dump-after", "mark", "--dump-after", "fold")
-        assert files_of("out/dumps") == ["03-mark.txt", "09-fold.txt"]
+        assert files_of("out/dumps") == ["03-mark.txt", "12-fold.txt"]
         assert "fc1" in Path("out/dumps/03-mark.txt").read_text()
-        assert "dumps/09-fold.txt" in read("out/manifest.json")["files"]
+        assert "dumps/12-fold.txt" in read("out/manifest.json")["files"]
 
     def test_dump_after_changed_leaves_out_passes_that_change_nothing(self, compiled: Any) -> None:
         compiled(*ONE_SHOT, "-o", "out", "-q", "--dump-after", "changed")

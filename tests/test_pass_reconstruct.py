@@ -11,11 +11,12 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from examples import digits_vit
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.errors import CheckFailed, InputError
 from gpusq_compile.graph.query import input_dependent, module_calls
 from gpusq_compile.graph.roles import residual_adds
+from gpusq_compile.language.loader import load_rules
+from gpusq_compile.load_model import load_source
 from gpusq_compile.passes import ordered
 from gpusq_compile.remarks import Kind
 from gpusq_compile.report.terminal import finetune_lines
@@ -306,10 +307,16 @@ def test_it_needs_a_quantized_graph_and_may_follow_the_phase() -> None:
 def test_the_digits_are_recognized_again() -> None:
     """Real images without their labels: one-shot 2:4 INT8 loses a tenth of top-1."""
     pytest.importorskip("sklearn")
-    calibration = [inputs for inputs, _ in digits_vit.calibration_data()][:3]
+    digits = load_source("examples/digits_vit.py")
+    assert digits.calibration_data is not None
+    assert digits.eval_data is not None
+    calibration = [inputs for inputs, _ in digits.calibration_data()][:3]
+    held_out = list(digits.eval_data())
+    [gemms] = [entry for entry in load_rules("int8").as_dict()["rules"] if entry["id"] == "gemms"]
     rules = {
         "version": 1,
         "extends": "int8",
+        "rules": [{**gemms, "sparsity": SPARSE}],
         "finetune": {
             "sparse": "none",
             "quantize": "none",
@@ -317,13 +324,13 @@ def test_the_digits_are_recognized_again() -> None:
         },
     }
     compilation = begin(
-        digits_vit.model(), digits_vit.example_inputs(), rules, data=calibration, finetune=True
+        digits.module, digits.example_inputs, rules, data=calibration, finetune=True
     )
     run_until(compilation, "quantize")
 
     def top1() -> float:
         with torch.no_grad():
-            pairs = [(compilation.ir(inputs), labels) for inputs, labels in digits_vit.eval_data()]
+            pairs = [(compilation.ir(inputs), labels) for inputs, labels in held_out]
         right = sum(int((logits.argmax(dim=1) == labels).sum()) for logits, labels in pairs)
         return right / 360
 

@@ -91,7 +91,7 @@ def test_action_absent_off_and_block_differ() -> None:
 def test_shipped_int8_asks_for_sparse_int8_and_an_int8_output_of_qkv() -> None:
     by_id = {located.rule.id: located.rule for located in load_rules("int8").rules}
     gemms, qkv, head = by_id["gemms"], by_id["int8-qkv-output"], by_id["dense-classifier"]
-    assert gemms.sparsity == Sparsity(pattern="2:4", method="magnitude")
+    assert gemms.sparsity == Sparsity(pattern="2:4", method="obs", permute=True)
     assert gemms.quantize == Quantize(weight="int8", activation="int8", output="none")
     assert isinstance(qkv.quantize, Quantize)
     assert qkv.quantize.output == "int8"
@@ -116,8 +116,8 @@ def test_shipped_int4_is_int8_with_four_bits_but_for_the_ends_and_the_qkv_output
     gemms, qkv, patch = (
         by_id[rule_id].quantize for rule_id in ("gemms", "int8-qkv-output", "int8-patch-embedding")
     )
-    assert gemms == Quantize(weight="int4", activation="int4")
-    assert qkv == Quantize(weight="int4", activation="int4", output="int8")
+    assert gemms == Quantize(weight="int4", activation="int4", smooth=0.5)
+    assert qkv == Quantize(weight="int4", activation="int4", output="int8", smooth=0.5)
     assert patch == Quantize(weight="int8", activation="int8")
     for found, known in (
         (int4.finetune.sparse, int8.finetune.sparse),
