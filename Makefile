@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 
-.PHONY: help setup demo test lint format schema bench-compile-time clean
+.PHONY: help setup demo test lint format schema bench-compile-time bench-train-step bench-accuracy clean
 .DEFAULT_GOAL := help
 
 help: ## Say what can be made
@@ -50,6 +50,16 @@ schema: setup ## Write the generated files again: the JSON schema of the rules l
 
 bench-compile-time: setup ## Compile time and memory against nvidia-modelopt
 	$(BIN)/python benchmarks/compile_time.py
+
+bench-train-step: setup ## Time of a QAT step over a plain distillation step, and nvidia-modelopt's
+	$(BIN)/python benchmarks/train_step.py
+
+bench-accuracy: setup ## Accuracy against a dense control and nvidia-modelopt: about an hour on 2 cores
+	@test -d "$${FASHION_MNIST:-/usr/share/datasets/fashion-mnist}" || { \
+	  command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && apt-get install -y dataset-fashion-mnist; } || { \
+	  echo 'Fashion-MNIST is missing. Debian and Ubuntu: apt-get install -y dataset-fashion-mnist.'; \
+	  echo 'Elsewhere set FASHION_MNIST to a folder with the four .gz files.'; exit 1; }
+	$(BIN)/python benchmarks/accuracy.py
 
 clean: ## Remove what was built, but not .venv
 	rm -rf $(OUT) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

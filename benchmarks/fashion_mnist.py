@@ -125,7 +125,8 @@ TEACHERS = {"deit": deit, "swin": swin}
 def load_teacher(name: str) -> nn.Module:
     """A trained teacher in eval mode."""
     model = TEACHERS[name]()
-    model.load_state_dict(load_file(WEIGHTS / f"{name}.safetensors"))
+    weights = load_file(WEIGHTS / f"{name}.safetensors")
+    model.load_state_dict({key: value.float() for key, value in weights.items()})
     return model.eval()
 
 

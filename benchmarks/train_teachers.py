@@ -82,7 +82,8 @@ def save(
 ) -> None:
     fashion_mnist.WEIGHTS.mkdir(exist_ok=True)
     path = fashion_mnist.WEIGHTS / f"{options.name}.safetensors"
-    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    # Half the bytes in the repository; `load_teacher` makes float32 of them again.
+    weights = {name: value.half().contiguous() for name, value in model.state_dict().items()}
     save_file(weights, path)
     about = {
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -117,7 +117,8 @@ class Mask(nn.Module):
 
     def __init__(self, mask: torch.Tensor) -> None:
         super().__init__()
-        self.register_buffer("mask", mask)
+        self.register_buffer("mask", mask.to(torch.bool))
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight * self.mask
+        # Converting bytes is several times as fast on a CPU as multiplying by a bool tensor.
+        return weight * self.mask.view(torch.uint8).to(weight.dtype)

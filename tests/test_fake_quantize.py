@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -295,6 +296,161 @@ def test_rounding_the_scale_to_its_exported_type_keeps_its_gradient() -> None:
     ]
     assert exact.item() != 0.0
     assert rounded.item() == exact.item()
+
+
+def straight_through(module: FakeQuantize, value: Tensor, log_scale: Tensor) -> Tensor:
+    """The definition of LSQ in plain operators, for autograd to differentiate."""
+    scale = log_scale.exp()
+    # The scale's type rounds it in the forward pass and passes its gradient through.
+    scale = scale * (module.exported_scale() / scale).detach()
+    elements = value[0].numel()
+    share = (elements * module.grid.qmax) ** -0.5
+    scale = scale * share + (scale * (1 - share)).detach()
+    divisor = broadcastable(scale, value)
+    clipped = (value / divisor).clamp(module.grid.qmin, module.grid.qmax)
+    return (clipped + (clipped.round() - clipped).detach()) * divisor
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> tuple[FakeQuantize, Tensor, Tensor]:
+    """(quantizer of any grid, value [2 to 4 axes], upstream gradient); values in float64."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    shape = draw(st.lists(st.integers(1, 4), min_size=2, max_size=4))
+    value = 3.0 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    upstream = torch.randn(shape, generator=generator, dtype=torch.float64)
+    dtype = draw(st.sampled_from([torch.float16, torch.float32]))
+    bits = draw(st.sampled_from(["int8", "int4"]))
+    steps = {"int8": 0.02, "int4": 0.4}[bits]
+    if draw(st.booleans()):
+        scale = steps * (0.1 + torch.rand(shape[0], generator=generator))
+        return quantizer(WEIGHT_RANGES[bits], scale, dtype), value, upstream
+    scale = steps * (0.1 + torch.rand((), generator=generator))
+    return quantizer(ACTIVATION_RANGES[bits], scale, dtype), value, upstream
+
+
+@steady
+@given(layers())
+def test_output_and_gradients_equal_plain_operators_with_straight_through_rounding(
+    layer: tuple[FakeQuantize, Tensor, Tensor],
+) -> None:
+    module, value, upstream = layer
+    ours, theirs = value.clone().requires_grad_(), value.clone().requires_grad_()
+    log_scale = module.log_scale.detach().double().requires_grad_()
+    found, expected = module(ours), straight_through(module, theirs, log_scale)
+    (found * upstream).sum().backward()
+    (expected * upstream).sum().backward()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+    assert ours.grad is not None
+    assert theirs.grad is not None
+    assert module.log_scale.grad is not None
+    assert log_scale.grad is not None
+    torch.testing.assert_close(module.log_scale.grad.double(), log_scale.grad, rtol=1e-4, atol=1e-5)
+
+
+@steady
+@given(layers(), st.sampled_from([torch.float16, torch.bfloat16]))
+def test_half_types_get_the_levels_and_gradients_of_the_float32_computation(
+    layer: tuple[FakeQuantize, Tensor, Tensor], dtype: torch.dtype
+) -> None:
+    module, value, upstream = layer
+    half, grad = value.to(dtype), upstream.to(dtype)
+    found = module(half.requires_grad_())
+    assert found.dtype == dtype
+    found.backward(grad)
+    scale_gradient = module.log_scale.grad
+    wide = half.detach().float().requires_grad_()
+    module.zero_grad()
+    expected = module(wide)
+    expected.backward(grad.float())
+    assert wide.grad is not None
+    assert half.grad is not None
+    assert torch.equal(found, expected.to(dtype))
+    assert half.grad.dtype == dtype
+    assert torch.equal(half.grad, wide.grad.to(dtype))
+    assert scale_gradient is not None
+    assert module.log_scale.grad is not None
+    assert scale_gradient.dtype == torch.float32
+    torch.testing.assert_close(scale_gradient, module.log_scale.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_leaves_levels_and_gradients_as_they_are(dtype: torch.dtype) -> None:
+    for module in (
+        quantizer(ACTIVATION, torch.tensor(0.02)),
+        quantizer(WEIGHT, torch.tensor([0.01, 0.02, 0.03])),
+    ):
+        value, upstream = noise(3, 64), noise(3, 64)
+        plain = [module(value), *backward(module, value, upstream)]
+        with torch.autocast("cpu", dtype):
+            cast = [module(value), *backward(module, value, upstream)]
+        for without, under in zip(plain, cast, strict=True):
+            assert torch.equal(without, under)
+
+
+@steady
+@given(SCALES, st.integers(-4, 4), st.sampled_from(["int8", "int4"]), st.booleans())
+def test_the_range_ends_exactly_where_the_quotient_leaves_it(
+    scale: float, ulps: int, bits: str, above: bool
+) -> None:
+    """Within a few units in the last place of either end, on either side."""
+    module = quantizer(ACTIVATION_RANGES[bits], torch.tensor(scale))
+    step = module.exported_scale()
+    end = step * (module.grid.qmax if above else module.grid.qmin)
+    for _ in range(abs(ulps)):
+        end = torch.nextafter(end, torch.tensor(math.copysign(math.inf, ulps)))
+    value = end.reshape(1, 1)
+    found, _ = backward(module, value, torch.ones(1, 1))
+    quotient = value / step
+    inside = (quotient >= module.grid.qmin) & (quotient <= module.grid.qmax)
+    assert torch.equal(found, inside.float())
+
+
+def test_a_scale_learns_without_a_gradient_of_the_value_and_the_other_way_round() -> None:
+    module = quantizer(ACTIVATION, torch.tensor(0.02))
+    value, upstream = noise(4, 32), noise(4, 32)
+    both = backward(module, value, upstream)
+    module.zero_grad()
+    (module(value) * upstream).sum().backward()
+    assert module.log_scale.grad is not None
+    assert torch.equal(module.log_scale.grad / module.scale.detach(), both[1])
+    module.requires_grad_(False)
+    trained = value.clone().requires_grad_()
+    (module(trained) * upstream).sum().backward()
+    assert trained.grad is not None
+    assert torch.equal(trained.grad, both[0])
+
+
+def test_the_layout_of_a_value_in_memory_does_not_matter() -> None:
+    module = quantizer(ACTIVATION, torch.tensor(0.02))
+    value, upstream = noise(4, 6, 8), noise(4, 6, 8)
+    turned = value.transpose(1, 2).contiguous().transpose(1, 2)
+    assert not turned.is_contiguous()
+    plain, other = backward(module, value, upstream), backward(module, turned, upstream)
+    assert torch.equal(module(value), module(turned))
+    assert torch.equal(plain[0], other[0])
+    torch.testing.assert_close(plain[1], other[1])
+
+
+def test_torch_compile_takes_it_without_a_graph_break() -> None:
+    for module in (
+        quantizer(ACTIVATION, torch.tensor(0.02)),
+        quantizer(WEIGHT, torch.tensor([0.01, 0.02, 0.03])),
+    ):
+        value, upstream = noise(3, 64), noise(3, 64)
+        plain = backward(module, value, upstream)
+        module.compile(backend="aot_eager", fullgraph=True)
+        compiled = backward(module, value, upstream)
+        torch.testing.assert_close(compiled, plain)
+
+
+def test_a_scale_below_the_smallest_still_learns() -> None:
+    module = quantizer(ACTIVATION, torch.tensor(MIN_SCALE))
+    with torch.no_grad():
+        module.log_scale.sub_(1.0)
+    value = MIN_SCALE * noise(2, 32)
+    (module(value) * value).sum().backward()
+    assert module.log_scale.grad is not None
+    assert module.log_scale.grad.item() != 0.0
 
 
 # --- the integer operators -----------------------------------------------------------------------

@@ -146,9 +146,7 @@ class _Run:
         self.parameters = trained_parameters(self.student)
         self.optimizer = make_optimizer(self.student, phase)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.scaler = torch.amp.GradScaler(
-            self.device.type, enabled=phase.autocast == "float16"
-        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=phase.autocast == "float16")
         self.limits = Limits(phase)
         self.best: Best | None = None
         self.report = PhaseReport(settings=phase.model_dump(mode="json"))

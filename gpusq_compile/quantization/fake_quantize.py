@@ -7,11 +7,14 @@ factors together (line 34).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from gpusq_compile.quantization.calibrate import Observer
 
@@ -28,8 +31,14 @@ class IntegerRange:
     qmax: int
 
 
-WEIGHT_RANGES = {"int8": IntegerRange("int8", -127, 127)}
-ACTIVATION_RANGES = {"int8": IntegerRange("int8", -128, 127)}
+WEIGHT_RANGES = {
+    "int8": IntegerRange("int8", -127, 127),
+    "int4": IntegerRange("int4", -7, 7),
+}
+ACTIVATION_RANGES = {
+    "int8": IntegerRange("int8", -128, 127),
+    "int4": IntegerRange("int4", -8, 7),
+}
 
 
 class FakeQuantize(nn.Module):
@@ -58,6 +67,7 @@ class FakeQuantize(nn.Module):
         self.channels = channels
         self.scale_dtype = scale_dtype
         self.log_scale = nn.Parameter(torch.zeros(() if channels is None else (channels,)))
+        self.level_ends = _open_ends(1.0, grid)
         self.calibrated = False
         self.observer: Observer | None = None
 
@@ -73,21 +83,21 @@ class FakeQuantize(nn.Module):
         self.calibrated = True
 
     def exported_scale(self) -> torch.Tensor:
-        """The scale as the graph will hold it: positive, rounded to `scale_dtype`, as float32."""
-        positive = self.scale.clamp_min(MIN_SCALE)
-        rounded = positive.detach().to(self.scale_dtype).to(positive.dtype)
-        return positive + (rounded - positive).detach()
+        """The scale as the graph will hold it: positive, rounded to `scale_dtype`, as float32.
+
+        It carries no gradient; `forward` passes that of the scale straight through the rounding.
+        """
+        scale = self.log_scale.detach().exp().clamp_min_(MIN_SCALE)
+        return scale.to(self.scale_dtype).to(scale.dtype)
 
     def forward(self, value: torch.Tensor) -> torch.Tensor:
+        """`value` on the grid, in its own shape and dtype; half types are computed in float32."""
         if self.observer is not None:
             self.observer.observe(value.detach())
         if not self.calibrated:
             return value
         result: torch.Tensor = _LearnedStepQuantize.apply(
-            value,
-            self.exported_scale(),
-            self.grid.qmin,
-            self.grid.qmax,
+            value, self.log_scale, self.exported_scale(), self.grid, self.level_ends
         )
         return result
 
@@ -107,30 +117,107 @@ def quantize_values(value: torch.Tensor, scale: torch.Tensor, grid: IntegerRange
     return scaled.round().clamp(grid.qmin, grid.qmax).to(torch.int8)
 
 
+def _wide(value: torch.Tensor) -> torch.Tensor:
+    """Half types as float32, wider ones as they are."""
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+
+
+def _on_grid(value: torch.Tensor, scale: torch.Tensor, grid: IntegerRange) -> torch.Tensor:
+    # PyTorch's own fake-quantization multiplies by 1 / scale, which rounds some values to another
+    # level than ONNX's division, and takes several times as long on a CPU.
+    return (value / scale).round_().clamp_(grid.qmin, grid.qmax).mul_(scale)
+
+
 class _LearnedStepQuantize(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, value: torch.Tensor, scale: torch.Tensor, qmin: int, qmax: int
-    ) -> torch.Tensor:
-        divisor = broadcastable(scale, value)
-        scaled = value / divisor
-        levels = scaled.round().clamp_(qmin, qmax)
-        ctx.save_for_backward(scaled, levels, scale)
-        ctx.range = (qmin, qmax)
-        return levels * divisor
+    """The output for (value, log_scale); `scale` is what the forward pass uses for exp(log_scale).
+
+    The time is that of the memory it touches: each full-size temporary is written over in place,
+    and nothing is kept but the value and the output, which the operator behind keeps as well.
+    """
 
     @staticmethod
+    def forward(
+        ctx: Any,
+        value: torch.Tensor,
+        log_scale: torch.Tensor,
+        scale: torch.Tensor,
+        grid: IntegerRange,
+        level_ends: tuple[float, float],
+    ) -> torch.Tensor:
+        output = _on_grid(_wide(value), broadcastable(scale, value), grid).to(value.dtype)
+        ctx.save_for_backward(value, output, scale)
+        ctx.grid, ctx.level_ends = grid, level_ends
+        return output
+
+    @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (grad,) = grads
-        scaled, levels, scale = ctx.saved_tensors
-        qmin, qmax = ctx.range
-        inside = (scaled >= qmin) & (scaled <= qmax)
-        grad_value = grad * inside
-        grad_scale = None
+        saved, output, scale = ctx.saved_tensors
+        grid: IntegerRange = ctx.grid
+        value, grad = _wide(saved), _wide(grads[0])
+        divisor = broadcastable(scale, value)
+        place: torch.Tensor
+        if _ends_are_cheap(value, scale):
+            place, ends = value, _open_ends(scale.item(), grid)
+        else:
+            place, ends = value / divisor, ctx.level_ends
+        grad_log_scale = spare = None
         if ctx.needs_input_grad[1]:
-            # Inside the range d(out)/d(scale) = round(x/s) - x/s; outside it is the clipped level.
-            slope = torch.where(inside, levels - scaled, levels)
-            per_scale = (grad * slope).reshape(max(scale.numel(), 1), -1).sum(dim=1)
-            elements = scaled.numel() / (scale.numel() if scale.ndim else max(scaled.shape[0], 1))
-            grad_scale = per_scale.reshape(scale.shape) / (elements * qmax) ** 0.5
-        return grad_value, grad_scale, None, None
+            if saved.dtype != value.dtype:
+                output = _on_grid(value, divisor, grid)
+            # scale * d(output)/d(scale): inside the range output - value, outside the output.
+            slope = _where_inside(value, place, ends)
+            torch.sub(output, slope, out=slope)
+            if scale.ndim:
+                total = slope.mul_(grad).flatten(1).sum(dim=1)
+            else:
+                total = torch.dot(grad.reshape(-1), slope.reshape(-1))
+            elements = value.numel() / max(1, scale.numel() if scale.ndim else value.shape[0])
+            grad_log_scale = total / math.sqrt(max(1.0, elements) * grid.qmax)
+            spare = slope
+        grad_value = None
+        if ctx.needs_input_grad[0]:
+            grad_value = _where_inside(grad, place, ends, out=spare).to(saved.dtype)
+        return grad_value, grad_log_scale, None, None, None
+
+
+def _ends_are_cheap(value: torch.Tensor, scale: torch.Tensor) -> bool:
+    """Whether the ends of a float32 range may be read as numbers, which saves a division.
+
+    On a GPU that would wait for all work before it, and under torch.compile break the graph.
+    """
+    on_cpu = value.device.type == "cpu" and not torch.compiler.is_compiling()
+    return on_cpu and value.dtype == torch.float32 and scale.ndim == 0
+
+
+def _open_ends(scale: float, grid: IntegerRange) -> tuple[float, float]:
+    """The largest float32 whose quotient by `scale` rounds below qmin, the smallest above qmax.
+
+    A quotient of float32 numbers rounds to a level q or less as long as it is within half a unit
+    in the last place of q (a tie goes to q, whose last bit is zero). That bound times `scale` has
+    fewer bits than a float64.
+    """
+
+    def beyond(level: int) -> float:
+        half_unit = 2.0 ** (math.frexp(level)[1] - 25)
+        bound = scale * (level + half_unit)
+        with np.errstate(over="ignore"):
+            nearest = np.float32(bound)
+            if float(nearest) <= bound:
+                nearest = np.nextafter(nearest, np.float32(np.inf))
+        return float(nearest)
+
+    return -beyond(-grid.qmin), beyond(grid.qmax)
+
+
+def _where_inside(
+    value: torch.Tensor,
+    place: torch.Tensor,
+    ends: tuple[float, float],
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`value` where `place` lies between the ends, else zero; written to `out` where given."""
+    # The gradient of a clamp is that selection in one kernel; `where` takes three and a mask.
+    out = torch.empty_like(value) if out is None else out
+    torch.ops.aten.hardtanh_backward.grad_input(value, place, *ends, grad_input=out)
+    return out
