@@ -46,7 +46,7 @@ SEARCH_RATES = ((1e-4, 5e-5), (3e-4, 1.5e-4), (1e-3, 5e-4))
 PEER_RATES = SEARCH_RATES
 
 # Seconds of a row on one core of the machine that the recipe was made on, for --plan.
-GUESSED_SECONDS = {"dense": 8, "control": 60, "compile": 100, "peer": 80}
+GUESSED_SECONDS = {"dense": 15, "control": 65, "compile": 95, "peer": 105}
 
 
 def jobs() -> list[Job]:
