@@ -107,6 +107,9 @@ class Checkpoints:
             raise damaged(path, "it is cut short or was changed")
         return tensors, state
 
+    def has(self, phase: str) -> bool:
+        return bool(self._of_phase(phase))
+
     def _of_phase(self, phase: str) -> list[Path]:
         return sorted(path for path in self.folder.glob(f"{phase}-*") if path.is_dir())
 

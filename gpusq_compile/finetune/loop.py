@@ -150,7 +150,8 @@ class _Run:
         self.limits = Limits(phase)
         self.best: Best | None = None
         self.report = PhaseReport(settings=phase.model_dump(mode="json"))
-        self.finished = False
+        self.over = False  # No step is left to do.
+        self.concluded = False  # And the weights that the phase ends with are in place.
         self.said_no_logits = False
         self.evaluates = self._evaluates()
         self.feed = self._feed(self._restore())
@@ -162,7 +163,7 @@ class _Run:
         with self.compilation.console.progress(label, steps) as advance:
             if report.steps:
                 advance(f"resumed at step {report.steps}", report.steps)
-            while report.steps < steps and not self.finished:
+            while report.steps < steps and not self.over:
                 values = self.step(report.steps + 1)
                 report.steps += 1
                 report.seconds = time.monotonic() - started
@@ -170,15 +171,15 @@ class _Run:
                 met = self.limits.met(values["total"])
                 if met is not None:
                     report.stopped_by = met
-                    self.finished = True
+                    self.over = True
                 if self.evaluates and self._evaluation_due(report.steps):
                     self.evaluate(report.steps)
                 kept = self.compilation.checkpoints
                 if kept is not None and kept.due(report.steps):
                     self.save()
         report.seconds = time.monotonic() - started
-        if not self.finished or self.best is not None:
-            self.finish()
+        if not self.concluded:
+            self.conclude()
 
     def step(self, number: int) -> dict[str, float]:
         """One optimizer step over the batches it accumulates; its loss parts."""
@@ -253,7 +254,7 @@ class _Run:
         bad = [tap.name for tap, error in named if not math.isfinite(error)]
         where = f", first at tap {bad[0]}" if bad else ""
         kept = self.compilation.checkpoints
-        saved = kept is not None and kept.load(self.name) is not None
+        saved = kept is not None and kept.has(self.name)
         raise CheckFailed(
             LOSS_NOT_FINITE,
             f"the loss of phase {self.name} became {values['total']} at step {number}{where}",
@@ -276,7 +277,7 @@ class _Run:
         return wanted
 
     def _evaluation_due(self, step: int) -> bool:
-        if self.finished or step == self.budget.steps:
+        if self.over or step == self.budget.steps:
             return True
         if self.phase.eval_every is not None:
             return step % self.phase.eval_every == 0
@@ -295,9 +296,9 @@ class _Run:
         if self.best is None or score > self.best.score:
             self.best = Best(score, step, copy.deepcopy(self.student.state_dict()))
 
-    def finish(self) -> None:
+    def conclude(self) -> None:
         """Put the best weights back, and keep the phase's end for a resumed run."""
-        self.finished = True
+        self.over = self.concluded = True
         if self.best is not None:
             self.student.load_state_dict(self.best.weights)
             self.report.kept_step = self.best.step
@@ -316,7 +317,8 @@ class _Run:
             tensors |= checkpoint.prefixed("best", self.best.weights)
         report = self.report
         state = {
-            "finished": self.finished,
+            "over": self.over,
+            "concluded": self.concluded,
             "position": self.feed.position.as_dict(),
             "random": random_state,
             "scaler": self.scaler.state_dict(),
@@ -357,7 +359,7 @@ class _Run:
             setattr(self.report, key, value)
         self.report.resumed_at = self.report.steps
         self.report.remarks.append(analysis("resumed", f"at step {self.report.steps}"))
-        self.finished = state["finished"]
+        self.over, self.concluded = state["over"], state["concluded"]
         return {**state, "tensors": tensors}
 
     def _feed(self, restored: dict[str, Any] | None) -> Feed:
