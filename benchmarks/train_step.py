@@ -333,6 +333,8 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument("--name", default="train_step", help="name of the result files")
     arguments = parser.parse_args()
+    if arguments.steps < 2:
+        parser.error("--steps: medians and quartiles take 2 or more")
 
     workers = {TOOLS[0]: (sys.executable, Path(__file__).resolve())}
     if not arguments.no_peer:
