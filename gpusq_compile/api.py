@@ -235,7 +235,8 @@ def compile_model(
         try:
             with disk_full_named(output), exact_arithmetic():
                 run_passes(compilation, passes)
-            check_gates(compilation, gates)
+            if processes.first:
+                check_gates(compilation, gates)
         except CheckFailed as failed:
             error = failed
         except (InputError, KeyboardInterrupt):
@@ -249,8 +250,11 @@ def compile_model(
                 files = _write(
                     compilation, report, stage, output, command, failed=error is not None
                 )
-            if error is None or error.code != LOSS_NOT_FINITE:
+            if error is None and compilation.checkpoints is not None:
                 shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+        if error is not None and error.code == LOSS_NOT_FINITE:
+            # All processes see it, and a launcher ends the others with the first that exits.
+            processes.wait()
     if error is not None:
         raise error
     assert compilation.graph is not None

@@ -112,11 +112,15 @@ def command(**options: Any) -> None:
     verbosity = -1 if options["quiet"] else int(options["verbose"])
     # Of the processes that accelerate or torchrun start, the first speaks for all.
     stdout: TextIO = sys.stdout
-    if int(os.environ.get("RANK", "0")) > 0:
+    if not is_first_process():
         verbosity, stdout = -1, io.StringIO()
     # What the user's own code prints must not mix with the report on stdout.
     with contextlib.redirect_stdout(sys.stderr):
         compile_command(options, Console(verbosity), stdout)
+
+
+def is_first_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def check_values(options: dict[str, Any]) -> None:
@@ -165,7 +169,7 @@ def compile_command(options: dict[str, Any], console: Console, stdout: TextIO) -
             command=sys.argv,
         )
     except CheckFailed:
-        if not options["dry_run"]:
+        if not options["dry_run"] and is_first_process():
             report = json.loads((output / REPORT).read_text())
             show_report(report, console.rich, [str(output / REPORT)])
             print_report(report, options["form"], stdout)

@@ -2,7 +2,9 @@
 
 Each process traces, calibrates and rewrites the same model, takes its share of each training
 batch, and sums gradients with the others; the first alone lowers and writes the result. A batch
-of the training data is the global batch, so the number of processes changes no loss.
+of the training data is the global batch, so the number of processes changes no loss, but for two
+things that each process does alone: it divides by the variance of its own share (`normalize`), and
+draws the random augmentation of the images that it loads.
 """
 
 from __future__ import annotations
@@ -43,6 +45,11 @@ class Processes:
     def first(self) -> bool:
         return self.rank == 0
 
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        if self.world > 1:
+            torch.distributed.barrier()
+
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """The sum of `value` over all processes, in place."""
         if self.world > 1:
@@ -79,7 +86,7 @@ def shard(data: Iterable[Any], processes: Processes) -> tuple[Iterable[Any], boo
     is read whole by every process, and `share` cuts its batches.
     """
     indexed = (
-        isinstance(data, DataLoader)
+        type(data) is DataLoader
         and data.batch_size is not None
         and not isinstance(data.dataset, IterableDataset)
         and data.batch_size % processes.world == 0

@@ -235,7 +235,8 @@ def test_pruned_weights_have_neither_gradient_nor_optimizer_state(
     weights = [1.0] * len(taps_of(compilation.ir))
     run = loop._Run(compilation, compilation.dense_teacher, Phase(**settings), "sparse", weights)
     with loop.listening(run.student, run.teacher):
-        run.train()
+        for number in range(1, settings["max_steps"] + 1):
+            run.step(number)
     checked = 0
     for node, plan in planned(compilation.ir.graph):
         [call] = [n for n in _upstream(node) if isinstance(_module(compilation, n), Mask)]
@@ -357,6 +358,11 @@ def test_a_phase_ends_when_the_loss_stays_on_a_plateau(sparse: Compilation) -> N
     assert 3 < report.steps < 300
 
 
+def test_a_negative_loss_that_stays_is_a_plateau() -> None:
+    limits = Limits(Phase(patience=3))
+    assert [limits.met(-2.0) for _ in range(4)] == [None, None, None, "plateau"]
+
+
 def test_a_loss_that_falls_is_no_plateau() -> None:
     limits = Limits(Phase(patience=2))
     assert [limits.met(10.0 * 0.9**step) for step in range(30)] == [None] * 30
@@ -409,6 +415,12 @@ def test_without_evaluation_data_the_last_weights_are_kept_and_a_remark_says_so(
     report = run_phase(sparse, Phase(max_steps=1, keep="best"))
     assert [remark.code for remark in report.remarks] == ["no-eval-data"]
     assert report.evaluations == []
+
+
+def test_evaluation_data_that_says_nothing_leaves_a_remark(sparse: Compilation) -> None:
+    sparse.source.eval_data = lambda: [DATA[0][0]]
+    report = run_phase(sparse, Phase(max_steps=2, keep="best", eval_every=1))
+    assert [remark.code for remark in report.remarks] == ["no-best"]
 
 
 def test_evaluating_on_the_way_changes_nothing(sparse: Compilation) -> None:
@@ -543,6 +555,20 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_tap(sparse: Compilatio
     assert "at step" in caught.value.message
     assert "first at tap stem" in caught.value.message
     assert "clip_norm" in str(caught.value.hint)
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight(sparse: Compilation) -> None:
+    before = weights_of(sparse)
+    weight = sparse.ir.get_parameter("last_norm.weight").requires_grad_()
+    # A loss that is finite, whose derivative is not.
+    handle = weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(CheckFailed) as caught:
+        run_phase(sparse, Phase(max_steps=2))
+    handle.remove()
+    assert caught.value.code == "loss-not-finite"
+    assert "the gradient of phase sparse is not finite at step 1" in caught.value.message
+    zero_masked_weights(sparse.ir)
+    assert torch.equal(weights_of(sparse)["last_norm.weight"], before["last_norm.weight"])
 
 
 def test_labels_outside_the_models_classes_name_the_step(sparse: Compilation) -> None:

@@ -301,6 +301,16 @@ def test_the_newest_checkpoint_of_each_phase_is_kept(tmp_path: Path) -> None:
     assert kept.load("other") is None
 
 
+def test_the_end_of_a_phase_is_kept_beside_what_was_there_until_it_is_whole(tmp_path: Path) -> None:
+    kept = checkpoints(tmp_path)
+    kept.save("sparse", 2, {"w": torch.ones(1)}, {"score": float("nan")})
+    kept.save("sparse", 2, {"w": torch.ones(1)}, {"last": True}, end=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [RUN, "sparse-0000002-end"]
+    found = kept.load("sparse")
+    assert found is not None
+    assert found[1]["last"]
+
+
 def test_a_checkpoint_that_was_being_written_does_not_count(tmp_path: Path) -> None:
     kept = checkpoints(tmp_path)
     kept.save("sparse", 1, {"w": torch.ones(1)}, {})

@@ -2,7 +2,7 @@
 
     checkpoint/run.json                      what the run was started with
     checkpoint/sparse-0000120/state.safetensors, state.json
-    checkpoint/quantize-0000040/...          the newest of each phase
+    checkpoint/quantize-0000040/...          the newest of each phase; of a finished one ...-end
 
 A checkpoint is written to a temporary folder, flushed to the disk and renamed, so that a process
 killed at any moment leaves the one before. Everything but the two phases is computed again by a
@@ -62,8 +62,13 @@ class Checkpoints:
             return step % self.every == 0
         return time.monotonic() - self.last_saved >= INTERVAL_S
 
-    def save(self, phase: str, step: int, tensors: Tensors, state: dict[str, Any]) -> None:
-        """Write the checkpoint of a phase after `step` and remove that phase's older ones."""
+    def save(
+        self, phase: str, step: int, tensors: Tensors, state: dict[str, Any], *, end: bool = False
+    ) -> None:
+        """Write the checkpoint of a phase after `step` and remove that phase's older ones.
+
+        That of the phase's `end` has a name of its own: the one before it stands until it is whole.
+        """
         temporary = self.folder / TEMPORARY
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -73,18 +78,16 @@ class Checkpoints:
         owned = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
         save_file(owned, temporary / TENSORS)
         about = {"step": step, "sha256": digest(temporary / TENSORS), **state}
-        write_json(temporary / STATE, about)
+        # Unlike in the report, a metric may be NaN here.
+        (temporary / STATE).write_text(json.dumps(about))
         for path in (temporary / TENSORS, temporary / STATE, temporary):
             flush(path)
         older = self._of_phase(phase)
-        final = self.folder / f"{phase}-{step:07d}"
-        if final in older:
-            shutil.rmtree(final)
+        final = self.folder / (f"{phase}-{step:07d}" + ("-end" if end else ""))
         os.replace(temporary, final)
         flush(self.folder)
         for path in older:
-            if path != final:
-                shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(path, ignore_errors=True)
         self.last_saved = time.monotonic()
 
     def load(self, phase: str) -> tuple[Tensors, dict[str, Any]] | None:

@@ -26,7 +26,8 @@ class Limits:
         self.smoothed = SMOOTHING * past + (1.0 - SMOOTHING) * loss
         if self.threshold is not None and self.smoothed <= self.threshold:
             return "threshold"
-        if self.best is None or self.smoothed < self.best * (1.0 - MIN_IMPROVEMENT):
+        # The user's own loss may be negative.
+        if self.best is None or self.best - self.smoothed > MIN_IMPROVEMENT * abs(self.best):
             self.best = self.smoothed
             self.waited = 0
         else:

@@ -16,7 +16,7 @@ import torch.fx
 from gpusq_compile.accuracy import criterion, evaluate
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.data import batches, require_train_data
-from gpusq_compile.errors import CheckFailed
+from gpusq_compile.errors import CheckFailed, InputError
 from gpusq_compile.finetune import checkpoint
 from gpusq_compile.finetune.distill import distillation_loss, run_to_taps
 from gpusq_compile.finetune.feed import Feed, Position
@@ -142,11 +142,15 @@ class _Run:
         self.device = compilation.device
         self.factory = require_train_data(compilation.source, name)
         self.budget = plan_budget(compilation, phase, self.factory)
+        # What stands around the scope does not train, and needs no gradients of its own.
+        compilation.network.root.requires_grad_(False)
         unfreeze(self.student, compilation.frozen)
         self.parameters = trained_parameters(self.student)
         self.optimizer = make_optimizer(self.student, phase)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=phase.autocast == "float16")
+        # A process whose share of the first batch is empty would never start it.
+        self.scaler.scale(torch.zeros((), device=self.device))
         self.limits = Limits(phase)
         self.best: Best | None = None
         self.report = PhaseReport(settings=phase.model_dump(mode="json"))
@@ -155,6 +159,7 @@ class _Run:
         self.said_no_logits = False
         self.evaluates = self._evaluates()
         self.feed = self._feed(self._restore())
+        self._check_together()
 
     def train(self) -> None:
         started = time.monotonic() - self.report.seconds
@@ -180,6 +185,7 @@ class _Run:
         report.seconds = time.monotonic() - started
         if not self.concluded:
             self.conclude()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def step(self, number: int) -> dict[str, float]:
         """One optimizer step over the batches it accumulates; its loss parts."""
@@ -211,8 +217,13 @@ class _Run:
         values = dict(zip(PARTS, (sums[: len(PARTS)] / images).tolist(), strict=True))
         self._check_finite(number, values, (sums[len(PARTS) :] / images).tolist())
         self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        # Of float16 gradients some steps overflow; the scaler leaves those out.
+        if not self.scaler.is_enabled() and not math.isfinite(norm):
+            raise self._not_finite(f"the gradient of phase {self.name} is not finite", number)
         if self.phase.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.phase.clip_norm)
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.phase.clip_norm, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.report.images += images
@@ -253,13 +264,18 @@ class _Run:
         named = zip(taps_of(self.student), taps, strict=True)
         bad = [tap.name for tap, error in named if not math.isfinite(error)]
         where = f", first at tap {bad[0]}" if bad else ""
+        raise self._not_finite(
+            f"the loss of phase {self.name} became {values['total']}", number, where
+        )
+
+    def _not_finite(self, what: str, number: int, where: str = "") -> CheckFailed:
         kept = self.compilation.checkpoints
         saved = kept is not None and kept.has(self.name)
-        raise CheckFailed(
+        return CheckFailed(
             LOSS_NOT_FINITE,
-            f"the loss of phase {self.name} became {values['total']} at step {number}{where}",
-            hint="a smaller lr or clip_norm in the rules' finetune section keeps it finite"
-            + ("; the last good checkpoint is kept" if saved else ""),
+            f"{what} at step {number}{where}",
+            hint="a smaller lr or clip_norm in the rules' finetune section keeps it finite, from "
+            "the beginning on" + ("; the last good checkpoint is kept" if saved else ""),
         )
 
     @contextmanager
@@ -291,7 +307,12 @@ class _Run:
         listen(self.student)
         self.report.evaluations.append({"step": step, **measured})
         score = criterion(measured)
-        if self.phase.keep != "best" or score is None:
+        if self.phase.keep != "best":
+            return
+        if score is None:
+            if len(self.report.evaluations) == 1:
+                text = "eval_data() has neither labels nor metrics, so the last weights are kept"
+                self.report.remarks.append(missed("no-best", text))
             return
         if self.best is None or score > self.best.score:
             self.best = Best(score, step, copy.deepcopy(self.student.state_dict()))
@@ -334,7 +355,7 @@ class _Run:
                 "kept_step": report.kept_step,
             },
         }
-        kept.save(self.name, report.steps, tensors, state)
+        kept.save(self.name, report.steps, tensors, state, end=self.concluded)
 
     def _restore(self) -> dict[str, Any] | None:
         """Take up an earlier run where it left this phase; its state, None without one."""
@@ -361,6 +382,20 @@ class _Run:
         self.report.remarks.append(analysis("resumed", f"at step {self.report.steps}"))
         self.over, self.concluded = state["over"], state["concluded"]
         return {**state, "tensors": tensors}
+
+    def _check_together(self) -> None:
+        """Raise InputError where processes resume at different steps of different folders."""
+        processes, step = self.compilation.processes, self.report.steps
+        if not self.compilation.options.resume:
+            return
+        total = int(processes.sum(torch.tensor([step], device=self.device)))
+        if total != step * processes.world:
+            raise InputError(
+                "resume-apart",
+                f"process {processes.rank} would go on from step {step} of phase {self.name}, and "
+                "another one from another step",
+                hint="every machine has to see the same output folder",
+            )
 
     def _feed(self, restored: dict[str, Any] | None) -> Feed:
         feed = Feed(

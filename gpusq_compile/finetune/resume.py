@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
+from gpusq_compile import __version__
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.data import batches
 from gpusq_compile.finetune.checkpoint import RUN, Checkpoints, check_resumable
 from gpusq_compile.finetune.feed import digest
 from gpusq_compile.model_source import DATA_FUNCTIONS, DataFactory
+from gpusq_compile.output import digest as file_digest
 from gpusq_compile.randomness import derived_seed, isolated_random
-
-TRAINING_DATA = tuple(name for name in DATA_FUNCTIONS if name != "eval_data")
 
 
 def open_checkpoints(compilation: Compilation, folder: Path) -> Checkpoints:
@@ -44,15 +44,17 @@ def fingerprint(compilation: Compilation) -> dict[str, Any]:
     """
     options, source = compilation.options, compilation.source
     return {
+        "tool": __version__,
         "rules": compilation.rules.as_dict(),
         "model": {
             "class": type(source.module).__name__,
             "structure": hashlib.sha256(repr(source.module).encode()).hexdigest(),
             "weights": weights_digest(source.module),
+            "file": None if source.file is None else file_digest(source.file),
         },
         "data": {
             name: data_digest(factory, name, options.seed)
-            for name in TRAINING_DATA
+            for name in DATA_FUNCTIONS
             if (factory := getattr(source, name)) is not None
         },
         "options": {
