@@ -16,7 +16,6 @@ import onnx
 import torch
 import torch.fx
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 
 from gpusq_compile import __version__
@@ -28,6 +27,7 @@ from gpusq_compile.engine import BatchRange, build_script
 from gpusq_compile.engine.backends import choose_backend
 from gpusq_compile.errors import CheckFailed, GpusqError, InputError
 from gpusq_compile.finetune.checkpoint import FOLDER as CHECKPOINTS
+from gpusq_compile.finetune.checkpoint import save_tensors
 from gpusq_compile.finetune.loop import LOSS_NOT_FINITE
 from gpusq_compile.finetune.resume import open_checkpoints
 from gpusq_compile.gates import Gates, check_gates
@@ -301,9 +301,7 @@ def write_weights(graph_module: torch.fx.GraphModule, path: Path) -> None:
 
     Weights are int8 where they were quantized, with their scales under `gpusq.weight_scale.*`.
     """
-    state = graph_module.state_dict()
-    # Tied parameters share their memory, which safetensors refuses.
-    save_file({n: t.detach().cpu().clone().contiguous() for n, t in state.items()}, path)
+    save_tensors(graph_module.state_dict(), path)
 
 
 def write_script(compilation: Compilation, path: Path) -> None:

@@ -74,9 +74,7 @@ class Checkpoints:
         temporary.mkdir(parents=True)
         if not (self.folder / RUN).exists():
             write_json(self.folder / RUN, self.run)
-        # Tied parameters share their memory, which safetensors refuses.
-        owned = {name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
-        save_file(owned, temporary / TENSORS)
+        save_tensors(tensors, temporary / TENSORS)
         about = {"step": step, "sha256": digest(temporary / TENSORS), **state}
         # Unlike in the report, a metric may be NaN here.
         (temporary / STATE).write_text(json.dumps(about))
@@ -115,6 +113,11 @@ class Checkpoints:
 
     def _of_phase(self, phase: str) -> list[Path]:
         return sorted(path for path in self.folder.glob(f"{phase}-*") if path.is_dir())
+
+
+def save_tensors(tensors: Tensors, path: Path) -> None:
+    """Write a safetensors file. Tied parameters share their memory, which the format refuses."""
+    save_file({n: t.detach().cpu().clone().contiguous() for n, t in tensors.items()}, path)
 
 
 def damaged(path: Path, reason: str) -> InputError:

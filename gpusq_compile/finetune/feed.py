@@ -107,5 +107,9 @@ def digest(batch: Batch | None) -> str:
     leaves = [] if batch is None else tree_leaves((batch.inputs, batch.labels, batch.raw))
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor):
-            found.update(leaf.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+            found.update(bytes_of(leaf))
     return found.hexdigest()
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()

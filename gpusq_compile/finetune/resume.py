@@ -13,7 +13,7 @@ from gpusq_compile import __version__
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.data import batches
 from gpusq_compile.finetune.checkpoint import RUN, Checkpoints, check_resumable
-from gpusq_compile.finetune.feed import digest
+from gpusq_compile.finetune.feed import bytes_of, digest
 from gpusq_compile.model_source import DATA_FUNCTIONS, DataFactory
 from gpusq_compile.output import digest as file_digest
 from gpusq_compile.randomness import derived_seed, isolated_random
@@ -75,7 +75,7 @@ def weights_digest(module: torch.nn.Module) -> str:
     for name, value in module.state_dict().items():
         if isinstance(value, torch.Tensor):
             found.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-            found.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+            found.update(bytes_of(value))
     return found.hexdigest()
 
 

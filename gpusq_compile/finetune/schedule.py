@@ -12,6 +12,9 @@ from gpusq_compile.data import batches
 from gpusq_compile.errors import InputError
 from gpusq_compile.language.training import Phase
 from gpusq_compile.model_source import DataFactory
+from gpusq_compile.randomness import isolated_random
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,8 @@ def epoch_length(factory: DataFactory) -> int:
     try:
         length = len(data)  # type: ignore[arg-type]
     except TypeError:
-        with torch.random.fork_rng(devices=[]):
-            length = sum(1 for _ in batches(factory, "train_data", torch.device("cpu")))
+        with isolated_random(CPU):
+            length = sum(1 for _ in batches(factory, "train_data", CPU))
     if length == 0:
         raise InputError("data-empty", "train_data() yielded no batch")
     return length
@@ -63,8 +66,8 @@ def accumulated_batches(compilation: Compilation, phase: Phase, factory: DataFac
     """How many batches of the training data make up the rules' `batch_size`; 1 without one."""
     if phase.batch_size is None:
         return 1
-    with torch.random.fork_rng(devices=[]):
-        first = next(batches(factory, "train_data", torch.device("cpu"), limit=1))
+    with isolated_random(CPU):
+        first = next(batches(factory, "train_data", CPU, limit=1))
     if phase.batch_size % first.size:
         raise InputError(
             "batch-size",
