@@ -1,8 +1,13 @@
-"""2:4 structured sparsity: masks by score, their legality, and the module that applies them.
+"""Structured sparsity: patterns, masks by score, their legality, and the module that applies them.
 
-The pattern is the one that NVIDIA's sparse tensor cores read (PTX `mma.sp`, section "Matrix
-multiply-accumulate operation using mma.sp instruction"): in each aligned group of four elements
-along the reduction axis at most two are non-zero.
+A pattern says which weights of each aligned group along the reduction axis may be non-zero. Those
+here are what NVIDIA's sparse tensor cores read: PTX ISA, "Matrix multiply-accumulate operation
+using mma.sp instruction with sparse matrix A". For 8-bit and wider types it takes at most two
+non-zeros of four (2:4); for 4-bit integers it takes non-zeros "pair-wise structured at a
+granularity of 4:8": of the four aligned pairs of each eight, two. A third of the masks of the
+latter are not 2:4 (both pairs may lie in one half), and few 2:4 masks come in pairs, so neither
+serves the other's hardware; one aligned pair of each four serves both. Section 2.1 of GPUSQ-ViT
+(CVPR 2023) prunes in the first two.
 """
 
 from __future__ import annotations
@@ -19,13 +24,48 @@ REDUCTION_AXIS = 1
 
 @dataclass(frozen=True)
 class Pattern:
-    """At most `keep` non-zeros in each aligned group of `group` along the reduction axis."""
+    """At most `keep` units with non-zeros in each aligned group along the reduction axis.
+
+    A unit is `unit` aligned neighbours, which are kept or pruned together; `group` counts weights
+    and is a multiple of `unit`.
+    """
 
     keep: int
     group: int
+    unit: int = 1
+
+    @property
+    def units(self) -> int:
+        """Units in a group."""
+        return self.group // self.unit
+
+    @property
+    def density(self) -> float:
+        """The share of weights that stay."""
+        return self.keep / self.units
+
+    def by_unit(self) -> Pattern:
+        """The same pattern where each unit is one element."""
+        return Pattern(self.keep, self.units)
+
+    def allows(self, other: Pattern) -> bool:
+        """Whether every mask of `other` is one of this pattern too."""
+        if other.group % self.group and self.group % other.group:
+            return False
+        return violations(_worst_cases(other, self.group), self) == 0
 
 
-PATTERNS = {"2:4": Pattern(keep=2, group=4)}
+PATTERNS = {
+    "2:4": Pattern(keep=2, group=4),
+    "pair4:8": Pattern(keep=2, group=8, unit=2),
+    "portable": Pattern(keep=1, group=4, unit=2),
+}
+
+
+def _worst_cases(pattern: Pattern, size: int) -> torch.Tensor:
+    """Every fullest mask of `pattern`, as float rows [masks, columns] of whole groups of `size`."""
+    masks = group_masks(pattern).float()
+    return masks.repeat(1, max(1, size // pattern.group))
 
 
 def group_masks(pattern: Pattern) -> torch.Tensor:
@@ -33,22 +73,22 @@ def group_masks(pattern: Pattern) -> torch.Tensor:
 
     What is not among them is a subset of one that is, and never better.
     """
-    kept = list(combinations(range(pattern.group), pattern.keep))
-    masks = torch.zeros(len(kept), pattern.group, dtype=torch.bool)
+    kept = list(combinations(range(pattern.units), pattern.keep))
+    masks = torch.zeros(len(kept), pattern.units, dtype=torch.bool)
     for mask, places in zip(masks, kept, strict=True):
         mask[list(places)] = True
-    return masks
+    return masks.repeat_interleave(pattern.unit, dim=1)
 
 
 def magnitude_mask(weight: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-    """The mask that keeps the `keep` largest magnitudes of each group.
+    """The mask that keeps the `keep` units of largest energy (sum of squares) of each group.
 
     Args:
         weight: [out, in, ...] with `in` a multiple of the group, any float dtype.
 
     Returns:
-        A bool tensor of the weight's shape with exactly `keep` True in each group; of equal
-        magnitudes the earlier is kept, so that the mask is a function of the weight alone.
+        A bool tensor of the weight's shape with exactly `keep` units True in each group; of equal
+        units the earlier is kept, so that the mask is a function of the weight alone.
 
     Raises:
         ValueError: the reduction axis is no multiple of the group.
@@ -57,10 +97,11 @@ def magnitude_mask(weight: torch.Tensor, pattern: Pattern) -> torch.Tensor:
 
 
 def wanda_mask(weight: torch.Tensor, mean_squares: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-    """The mask that keeps the `keep` largest `|W| * ||x||` of each group.
+    """The mask that keeps the `keep` units of each group with the largest `|W| * ||x||`.
 
     "A Simple and Effective Pruning Approach for Large Language Models" (Sun et al., ICLR 2024),
-    section 3, with each group of the pattern as the comparison group.
+    section 3, with each group of the pattern as the comparison group. Of a unit of several weights
+    the squares are summed.
 
     Args:
         weight: [out, columns], any float dtype; `columns` is a multiple of the group.
@@ -80,16 +121,20 @@ def wanda_mask(weight: torch.Tensor, mean_squares: torch.Tensor, pattern: Patter
 
 def _highest(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:
     groups = _grouped(scores, pattern)
-    order = groups.argsort(dim=-1, descending=True, stable=True)
-    mask = torch.zeros_like(groups, dtype=torch.bool)
+    units = groups.reshape(*groups.shape[:-1], pattern.units, pattern.unit)
+    # The order of single magnitudes is that of their squares, which might underflow.
+    energy = units.squeeze(-1) if pattern.unit == 1 else units.double().square().sum(dim=-1)
+    order = energy.argsort(dim=-1, descending=True, stable=True)
+    mask = torch.zeros_like(energy, dtype=torch.bool)
     mask.scatter_(-1, order[..., : pattern.keep], True)
-    return _ungrouped(mask, scores.shape)
+    return _ungrouped(mask.repeat_interleave(pattern.unit, dim=-1), scores.shape)
 
 
 def violations(weight: torch.Tensor, pattern: Pattern) -> int:
-    """How many aligned groups of `weight` [out, in, ...] hold more than `keep` non-zeros."""
-    nonzero = _grouped(weight, pattern).ne(0).sum(dim=-1)
-    return int(nonzero.gt(pattern.keep).sum())
+    """How many aligned groups of `weight` [out, in, ...] hold non-zeros in too many units."""
+    groups = _grouped(weight, pattern).ne(0)
+    units = groups.reshape(*groups.shape[:-1], pattern.units, pattern.unit).any(dim=-1)
+    return int(units.sum(dim=-1).gt(pattern.keep).sum())
 
 
 def _grouped(weight: torch.Tensor, pattern: Pattern) -> torch.Tensor:

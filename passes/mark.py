@@ -27,7 +27,7 @@ from gpusq_compile.graph.query import (
 )
 from gpusq_compile.graph.roles import find_roles, residual_adds
 from gpusq_compile.language.matching import Candidate, Decision, decide
-from gpusq_compile.language.schema import Distill
+from gpusq_compile.language.schema import Distill, Quantize, Sparsity
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.plan import TAP_PLAN, LayerPlan, TapPlan, Treatment, planned, update_plan
 from gpusq_compile.remarks import analysis, missed, passed
@@ -60,7 +60,7 @@ def run(compilation: Compilation) -> PassResult:
             tapped.append((offer, decision, decision.distill))
         if offer.weight is None and not is_weighted(offer.node):
             continue
-        plan = make_plan(offer, decision)
+        plan = make_plan(offer, decision, compilation.rules.target.compute)
         update_plan(offer.node, plan)
         if plan.requested == Treatment():
             continue
@@ -180,9 +180,10 @@ def _groups(node: torch.fx.Node) -> int:
     return groups
 
 
-def make_plan(offer: Offer, decision: Decision) -> LayerPlan:
+def make_plan(offer: Offer, decision: Decision, compute: Sequence[str]) -> LayerPlan:
     """The plan of a weighted operator, with what its shape does not allow refused."""
-    sparsity, quantize = decision.sparsity, decision.quantize
+    sparsity = decision.sparsity
+    quantize = settled_output(decision.quantize, sparsity, compute)
     plan = LayerPlan(
         name=offer.candidate.name,
         op=offer.candidate.op,
@@ -212,6 +213,21 @@ def make_plan(offer: Offer, decision: Decision) -> LayerPlan:
             )
             plan = replace(plan.refuse(reason), sparsity=None)
     return plan
+
+
+def settled_output(
+    quantize: Quantize | None, sparsity: Sparsity | None, compute: Sequence[str]
+) -> Quantize | None:
+    """The block with `output: auto` replaced by the type that sparse INT8 kernels need.
+
+    Of TensorRT's kernels, those of compute capability 9.0 also write FP16 from sparse INT8
+    operands; for all others a float output means a dense kernel.
+    """
+    if quantize is None or quantize.output != "auto":
+        return quantize
+    integer = "none" not in (quantize.weight, quantize.activation)
+    needed = integer and sparsity is not None and set(compute) != {"sm90"}
+    return quantize.model_copy(update={"output": "int8" if needed else "none"})
 
 
 def _type(name: str) -> str | None:

@@ -237,7 +237,7 @@ def _unknown_value(
     hint = did_you_mean(node.value, valid)
     if code == "unknown-pattern":
         message = f"{key}: '{node.value}' is not a known pattern"
-        hint = 'the known one is "2:4": at most two non-zeros in each group of four'
+        hint = 'the known ones are "2:4" (FP16, INT8), pair4:8 (INT4) and portable (all of them)'
     return InputError(code, message, location=node.at, hint=hint)
 
 

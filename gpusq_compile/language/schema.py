@@ -29,7 +29,7 @@ from gpusq_compile.language.training import Calibration, Finetune
 
 LANGUAGE_VERSION: Final = 1
 
-Op = Literal["linear", "conv2d", "layer_norm", "add"]
+Op = Literal["linear", "conv2d", "layer_norm", "add", "attention"]
 Role = Literal[
     "patch_embed",
     "attention_qkv",
@@ -56,9 +56,11 @@ PassName = Literal[
 class Sparsity(Block):
     """Zeroes weights in a pattern that the sparse tensor cores skip."""
 
-    pattern: Literal["2:4"] = Field(
-        description='`"2:4"` keeps at most two weights of each aligned group of four along the '
-        "reduction axis. The quotes are needed."
+    pattern: Literal["2:4", "pair4:8", "portable"] = Field(
+        description='`"2:4"` keeps two weights of each aligned group of four along the reduction '
+        "axis, what the sparse FP16 and INT8 tensor cores take. `pair4:8` keeps two of the four "
+        "aligned pairs of each eight, what the sparse INT4 tensor cores take (PTX `mma.sp`). "
+        '`portable` keeps one aligned pair of each four, which both take. Quote `"2:4"`.'
     )
     method: Literal["magnitude", "wanda", "obs"] = Field(
         default="magnitude",
@@ -90,10 +92,23 @@ class Quantize(Block):
         description="Type of the layer's input. With `none` only the weight is small and the "
         "layer computes in the target's precision.",
     )
-    output: IntegerType = Field(
+    output: Literal["int8", "int4", "none", "auto"] = Field(
         default="none",
         description="Type of the layer's output. `int8` keeps the whole GEMM, epilogue included, "
-        "on integers; TensorRT picks sparse INT8 kernels only then.",
+        "on integers; TensorRT picks sparse INT8 kernels only then. `auto` is `int8` where a GPU "
+        "of the target has no other sparse INT8 kernels, and `none` elsewhere.",
+    )
+    block: Nullable[Literal[64, 128]] = Field(
+        default=None,
+        description="For INT4 weights under float activations: one scale for each `block` input "
+        "channels of each output channel, in place of one for all of them. The weight is stored "
+        "in 4 bits.",
+    )
+    split: bool = Field(
+        default=False,
+        description="Store a layer whose output is cut into equal parts, such as a fused QKV, as "
+        "one GEMM per part. Their values are those of the fused one; they share its quantized "
+        "input, and TensorRT fuses them into one INT8 GEMM again.",
     )
     rounding: Literal["nearest", "gptq"] = Field(
         default="nearest",
@@ -121,6 +136,16 @@ class Quantize(Block):
                 "contradiction",
                 "rounding: gptq rounds the weight, and the weight stays in float",
                 {"at": "rounding", "hint": "remove it, or give `weight` an integer type"},
+            )
+        if self.block is not None and (self.weight, self.activation, self.output) != (
+            "int4",
+            "none",
+            "none",
+        ):
+            raise PydanticCustomError(
+                "contradiction",
+                "block divides the scales of INT4 weights under float activations",
+                {"at": "block", "hint": "remove it, or write {weight: int4, activation: none}"},
             )
         if self.smooth is not None and self.activation == "none":
             raise PydanticCustomError(
