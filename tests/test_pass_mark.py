@@ -175,6 +175,33 @@ def test_a_layer_that_cannot_be_compressed_is_left_whole_with_the_reason(name: s
     assert record.skipped == record.matched == len(plans_of(compilation))
 
 
+@pytest.mark.parametrize(
+    ("compute", "sparsity", "activation", "output"),
+    [
+        (["portable"], SPARSE, "int8", "int8"),
+        (["sm80", "sm90"], SPARSE, "int8", "int8"),
+        (["sm90"], SPARSE, "int8", None),
+        (["sm80"], "none", "int8", None),
+        (["sm80"], SPARSE, "none", None),
+    ],
+)
+def test_an_automatic_output_is_int8_where_sparse_kernels_of_the_target_write_nothing_else(
+    compute: list[str], sparsity: Any, activation: str, output: str | None
+) -> None:
+    document = make_rules(
+        {
+            "id": "all",
+            "match": {"op": "linear"},
+            "sparsity": sparsity,
+            "quantize": {"weight": "int8", "activation": activation, "output": "auto"},
+        }
+    )
+    document["target"]["compute"] = compute
+    compilation = run_until(begin(seeded(Perceptron), noise(2, 32), document), "quantize")
+    plan = plan_of(compilation, "first")
+    assert plan.requested.output == plan.applied.output == output
+
+
 def test_a_reduction_axis_that_has_no_groups_of_four_is_quantized_dense() -> None:
     plan = plan_of(marked(seeded(Perceptron, (30, 64, 32)), noise(2, 30)), "first")
     assert plan.reasons == ("2:4 needs a reduction axis that is a multiple of 4, found 30",)
