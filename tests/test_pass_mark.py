@@ -268,6 +268,29 @@ def test_a_tap_carries_its_theta_and_role() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("match", "kind"),
+    [({"op": "layer_norm"}, Kind.MISSED), ({"name": "layers.**"}, Kind.ANALYSIS)],
+)
+def test_compression_asked_of_an_operator_without_a_weight_is_remarked(
+    match: dict[str, str], kind: Kind
+) -> None:
+    rule = {"id": "broad", "match": match, "quantize": {**INT8, "output": "int8"}}
+    everything = {**EVERYTHING, "match": {"op": "linear"}}
+    compilation = marked(seeded(TinyViT), images(2), everything, rule)
+    (remark,) = [
+        found
+        for found in remarks_of(compilation, "mark")
+        if found.code == "no-weight" and "layer_norm" in found.reason
+    ]
+    assert remark.kind is kind
+    count = 5 if match == {"op": "layer_norm"} else 4
+    assert remark.reason == (
+        f"rule 'broad' asks for quantize on {count} operators of kind layer_norm, which have no "
+        "weight and stay as they are"
+    )
+
+
 def test_marking_changes_no_operator() -> None:
     before = run_until(begin(seeded(TinyViT), images(2), make_rules()), "canonicalize")
     code = before.ir.code
