@@ -30,7 +30,6 @@ from gpusq_compile.finetune.checkpoint import FOLDER as CHECKPOINTS
 from gpusq_compile.finetune.loop import LOSS_NOT_FINITE
 from gpusq_compile.finetune.resume import open_checkpoints
 from gpusq_compile.gates import Gates, check_gates
-from gpusq_compile.graph.as_json import graph_tensors
 from gpusq_compile.language.loader import Rules, load_rules
 from gpusq_compile.load_model import load_source
 from gpusq_compile.model_source import (
@@ -43,9 +42,7 @@ from gpusq_compile.model_source import (
 from gpusq_compile.network import Network
 from gpusq_compile.options import Options, check_options, engine_choice
 from gpusq_compile.output import REPORT, publish, staging, versions, write_json
-from gpusq_compile.packed_file import weight_scales
 from gpusq_compile.packed_graph import GRAPH, WEIGHTS
-from gpusq_compile.packed_model import deployed_weights
 from gpusq_compile.passes import ANALYSIS, LOWERING, PIPELINE, ordered
 from gpusq_compile.passes.verify_onnx import MODEL_FILE
 from gpusq_compile.plan import planned
@@ -53,6 +50,7 @@ from gpusq_compile.processes import joined
 from gpusq_compile.randomness import seed_everything
 from gpusq_compile.report.document import make_report
 from gpusq_compile.reproducer import internal_error
+from gpusq_compile.user_state import user_state_dict
 
 SCRIPT = "build_engine.sh"
 
@@ -74,8 +72,7 @@ class CompileResult:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Float32 weights under the user's own names and shapes, pruned and rounded as deployed."""
-        tensors = graph_tensors(self.graph)
-        return deployed_weights(tensors, weight_scales(self.graph), self.parameter_shapes)
+        return user_state_dict(self.graph, self.parameter_shapes)
 
 
 def compile_model(

@@ -30,16 +30,19 @@ from gpusq_compile.packed_graph import (
     LayerRecord,
     NodeRecord,
     PackedGraph,
+    PartRecord,
     TensorNames,
     TensorRecord,
     ToolRecord,
     document_digest,
     packing_record,
+    row_ranges,
     write_document,
 )
 from gpusq_compile.packing import choose_packing, pack
 from gpusq_compile.plan import LayerPlan, planned
 from gpusq_compile.sparsity import REDUCTION_AXIS
+from gpusq_compile.user_state import parts_of, weight_scales
 
 HALF_MAX = torch.finfo(torch.float16).max
 
@@ -118,6 +121,10 @@ def write_packed(
         layers=layers,
         tensors=others,
         parameters={name: list(shape) for name, shape in parameters.items()},
+        parts={
+            name: [PartRecord(tensor=part.tensor, rows=row_ranges(part.rows)) for part in parts]
+            for name, parts in parts_of(graph_module).items()
+        },
         nodes=[NodeRecord(**node) for node in graph_nodes(graph_module)],
     )
     document = graph.model_dump(mode="json")
@@ -163,20 +170,11 @@ def _packed_layer(
 
 def _narrow(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """Scales as float16 where that loses nothing: with FP16 targets they were learned as such."""
-    if not name.startswith(f"{NAMESPACE}.") or tensor.dtype != torch.float32:
+    space, _, rest = name.partition(".")
+    if space != NAMESPACE or "_scale." not in rest or tensor.dtype != torch.float32:
         return tensor
     half = tensor.half()
     return half if torch.equal(half.float(), tensor) else tensor
-
-
-def weight_scales(graph_module: torch.fx.GraphModule) -> dict[str, str]:
-    """The name of each stored integer weight, and that of its scale."""
-    return {
-        str(node.args[0].target): str(node.args[1].target)
-        for node in graph_module.graph.nodes
-        if str(node.target).startswith("gpusq.dequantize")
-        and node.args[0].op == node.args[1].op == "get_attr"
-    }
 
 
 def packed_bytes(path: Path, layers: list[LayerRecord]) -> PackedBytes:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 
@@ -91,6 +91,13 @@ class NodeRecord(_Record):
     module: str
 
 
+class PartRecord(_Record):
+    """A tensor that holds some rows of a parameter that was split, as ranges [first, end)."""
+
+    tensor: str
+    rows: list[Annotated[list[NonNegativeInt], Field(min_length=2, max_length=2)]]
+
+
 class ToolRecord(_Record):
     name: str
     version: str
@@ -106,7 +113,8 @@ class PackedGraph(_Record):
     """The content of graph.json.
 
     `sha256` is the digest of the document without it, as JSON in ASCII with sorted keys and no
-    spaces. `tensors` are those that are not packed, `parameters` the user's own, with their shapes.
+    spaces. `tensors` are those that are not packed, `parameters` the user's own, with their shapes,
+    and `parts` what became of those that were split.
     """
 
     format: str
@@ -119,6 +127,7 @@ class PackedGraph(_Record):
     layers: list[LayerRecord]
     tensors: dict[str, TensorRecord]
     parameters: dict[str, list[NonNegativeInt]]
+    parts: dict[str, list[PartRecord]]
     nodes: list[NodeRecord]
 
 
@@ -159,3 +168,14 @@ def write_document(document: Mapping[str, Any], path: Path) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(f"{{\n  {text}\n}}\n", encoding="ascii")
     os.replace(temporary, path)
+
+
+def row_ranges(rows: Sequence[int]) -> list[list[int]]:
+    """Row numbers as ranges [first, end), in their order."""
+    ranges: list[list[int]] = []
+    for row in rows:
+        if ranges and ranges[-1][1] == row:
+            ranges[-1][1] += 1
+        else:
+            ranges.append([row, row + 1])
+    return ranges

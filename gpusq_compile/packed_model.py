@@ -6,10 +6,8 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -25,13 +23,14 @@ from gpusq_compile.packed_graph import (
     WEIGHTS,
     LayerRecord,
     PackedGraph,
+    PartRecord,
     TensorRecord,
     document_digest,
     packing_record,
 )
 from gpusq_compile.packing import Packing, packed_tensors, unpack
-from gpusq_compile.quantization.fake_quantize import broadcastable
 from gpusq_compile.sparsity import REDUCTION_AXIS
+from gpusq_compile.user_state import StoredRows, user_tensors
 
 MAX_GRAPH_BYTES = 64 * 2**20
 """A graph.json beyond this is refused unread; that of a large transformer has about a megabyte."""
@@ -60,38 +59,20 @@ class PackedModel:
 
         Packed weights become float32, so that this goes into the user's module.
         """
-        scales = {layer.weight: layer.tensors.scale for layer in self.graph.layers}
-        shapes = self.graph.parameters
-        state = deployed_weights(self.tensors, {n: s for n, s in scales.items() if s}, shapes)
+        graph = self.graph
+        scales = {layer.weight: layer.tensors.scale for layer in graph.layers}
+        parts = {
+            name: [StoredRows(record.tensor, _rows(record)) for record in records]
+            for name, records in graph.parts.items()
+        }
+        state = user_tensors(
+            self.tensors, {n: s for n, s in scales.items() if s}, parts, graph.parameters
+        )
         return {n: v.float() if n in scales else v for n, v in state.items()}
 
 
-def deployed_weights(
-    tensors: Mapping[str, torch.Tensor],
-    scales: Mapping[str, str],
-    shapes: Mapping[str, Any],
-) -> Tensors:
-    """Float weights in `shapes`, of those parameters that are among the graph's `tensors`.
-
-    `scales` names the scale of each weight that is integer in the graph.
-    """
-    state = {}
-    for name, shape in shapes.items():
-        if name not in tensors:
-            continue  # The graph does not read this parameter.
-        value = tensors[name]
-        if name in scales:
-            value = dequantized(value, tensors[scales[name]])
-        state[name] = value.reshape(tuple(shape))
-    return state
-
-
-def dequantized(levels: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """int8 [out, in, ...] and a scale (scalar, [out] or [out, in / block]) -> float32."""
-    if scale.ndim > 1:
-        block = levels.shape[REDUCTION_AXIS] // scale.shape[REDUCTION_AXIS]
-        return levels.float() * scale.repeat_interleave(block, dim=REDUCTION_AXIS)
-    return levels.float() * broadcastable(scale, levels)
+def _rows(part: PartRecord) -> tuple[int, ...]:
+    return tuple(row for first, end in part.rows for row in range(first, end))
 
 
 def load_packed(folder: str | Path) -> PackedModel:
@@ -259,12 +240,24 @@ def _contradiction(graph: PackedGraph) -> str | None:
     for name, shape in graph.parameters.items():
         if name in shapes and math.prod(shape) != math.prod(shapes[name]):
             return f"parameter '{name}' has shape {shape}, and its tensor {shapes[name]}"
+        for part in graph.parts.get(name, []):
+            if not _fits(part, shapes.get(part.tensor), shape):
+                return f"'{part.tensor}' is no part of the parameter '{name}'"
     return None
+
+
+def _fits(part: PartRecord, shape: list[int] | None, whole: list[int]) -> bool:
+    """Whether a tensor of `shape` can be those rows of a parameter of the shape `whole`."""
+    if not shape or not whole or shape[1:] != whole[1:]:
+        return False
+    if any(not first < end <= whole[0] for first, end in part.rows):
+        return False
+    return sum(end - first for first, end in part.rows) == shape[0]
 
 
 def _scales(record: TensorRecord | None, shape: list[int]) -> bool:
     """Whether a tensor can be a weight's scale: of all of it, by channel, or by block of inputs."""
-    if record is None or not record.dtype.startswith("float"):
+    if record is None or record.dtype not in ("float16", "float32"):
         return False
     size = record.shape
     if len(size) < 2:

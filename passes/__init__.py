@@ -20,6 +20,7 @@ from gpusq_compile.passes import (
     reconstruct,
     smooth,
     sparsify,
+    split_outputs,
     surgery,
     tap,
     trace,
@@ -46,6 +47,7 @@ COMPRESSION: dict[str, Pass] = {
 
 LOWERING: tuple[Pass, ...] = (
     fold.PASS,
+    split_outputs.PASS,
     export_onnx.PASS,
     surgery.PASS,
     verify_onnx.PASS,

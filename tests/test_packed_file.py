@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ from gpusq_compile import CompileResult, InputError, InternalError, compile_mode
 from gpusq_compile.graph.as_json import graph_tensors
 from gpusq_compile.output import digest
 from gpusq_compile.packed_file import write_packed
-from gpusq_compile.packed_graph import GRAPH, WEIGHTS, document_digest
-from gpusq_compile.packed_model import MAX_GRAPH_BYTES, dequantized
+from gpusq_compile.packed_graph import GRAPH, WEIGHTS, document_digest, row_ranges
+from gpusq_compile.packed_model import MAX_GRAPH_BYTES
 from gpusq_compile.plan import planned
 from gpusq_compile.report.terminal import packed_lines
 from gpusq_compile.sparsity import PATTERNS, magnitude_mask
@@ -39,6 +40,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "pair4:8 int4": {"sparsity": {"pattern": "pair4:8"}, "quantize": INT4},
     "sparse fp16": {"sparsity": {"pattern": "2:4"}},
     "dense int8": {"quantize": {"weight": "int8"}},
+    "split int8": {"sparsity": {"pattern": "2:4"}, "quantize": {"weight": "int8", "split": True}},
 }
 PACKED = {
     "2:4 int8": ("int8", "2:4", 20),
@@ -46,6 +48,7 @@ PACKED = {
     "pair4:8 int4": ("int4", "pair4:8", 20),
     "sparse fp16": ("float16", "2:4", 36),
     "dense int8": ("int8", None, 8),
+    "split int8": ("int8", "2:4", 20),
 }
 LOOSE = {"min_cosine": -1, "min_top1_agreement": 0, "max_difference": 1e6}
 
@@ -148,7 +151,7 @@ def test_the_weights_are_those_of_the_onnx_file(kind: str, cases: Callable[[str]
         tensor.name: numpy_helper.to_array(tensor)
         for tensor in onnx.load(case.folder / "model.onnx").graph.initializer
     }
-    assert len(packed.graph.layers) == 6
+    assert len(packed.graph.layers) == (8 if kind == "split int8" else 6)
     for layer in packed.graph.layers:
         ours, theirs = packed.tensors[layer.weight].numpy(), stored[layer.weight]
         assert ours.dtype == theirs.dtype
@@ -252,7 +255,7 @@ class Replay:
         return getattr(torch, content) if kind == "dtype" else {"float": float}[kind](content)
 
 
-@pytest.mark.parametrize("kind", ["2:4 int8", "portable int4", "mixed"])
+@pytest.mark.parametrize("kind", ["2:4 int8", "portable int4", "split int8", "mixed"])
 def test_the_two_files_are_the_whole_network(kind: str, cases: Callable[[str], Case]) -> None:
     case = cases(kind)
     batch = images(3, seed=7)
@@ -275,19 +278,33 @@ def test_scales_take_two_bytes_where_that_loses_nothing(cases: Callable[[str], C
     assert packed.stored["last_norm.weight"].dtype == torch.float32
 
 
-@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 5), st.integers(0, 99))
-def test_scales_may_stand_for_a_tensor_a_channel_or_a_block_of_inputs(
-    rows: int, blocks: int, size: int, seed: int
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    levels = torch.randint(-8, 8, (rows, blocks * size), generator=generator, dtype=torch.int8)
-    scale = torch.rand(rows, blocks, generator=generator)
-    found = dequantized(levels, scale)
-    for row in range(rows):
-        for column in range(blocks * size):
-            assert found[row, column] == levels[row, column] * scale[row, column // size]
-    assert torch.equal(dequantized(levels, scale[:, 0]), levels * scale[:, :1])
-    assert torch.equal(dequantized(levels, scale[0, 0]), levels * scale[0, 0])
+def test_scales_of_blocks_of_inputs_come_back(cases: Callable[[str], Case], tmp_path: Path) -> None:
+    graph = cases("pair4:8 int4").result.graph
+    owner = graph.get_submodule("gpusq.weight_scale")
+    before = owner.get_buffer("stem")
+    blocks = torch.rand(32, 4) + 0.1
+    try:
+        owner.register_buffer("stem", blocks)
+        write_packed(graph, tmp_path, model="m", scope=None, parameters={}, half=True)
+    finally:
+        owner.register_buffer("stem", before)
+    assert torch.equal(load_packed(tmp_path).tensors["gpusq.weight_scale.stem"], blocks)
+
+
+def test_a_split_parameter_is_whole_in_the_state_dict(cases: Callable[[str], Case]) -> None:
+    packed = load_packed(cases("split int8").folder)
+    [(weight, parts), (bias, _)] = packed.graph.parts.items()
+    assert (weight, bias) == ("layers.0.mix.wide.weight", "layers.0.mix.wide.bias")
+    assert [part.rows for part in parts] == [[[0, 32]], [[32, 64]], [[64, 96]]]
+    assert weight not in packed.tensors
+    assert packed.state_dict()[weight].shape == (96, 32)
+
+
+@given(st.lists(st.integers(0, 30), unique=True))
+def test_ranges_of_rows_are_the_rows_in_their_order(rows: list[int]) -> None:
+    ranges = row_ranges(rows)
+    assert [row for first, end in ranges for row in range(first, end)] == rows
+    assert all(before[1] != after[0] for before, after in pairwise(ranges))
 
 
 def test_equal_compiles_write_equal_files(cases: Callable[[str], Case], tmp_path: Path) -> None:
@@ -346,6 +363,7 @@ def test_values_beyond_float16_are_stored_as_its_largest(
 @pytest.mark.parametrize(
     ("kind", "ratio", "paper"),
     [
+        ("split int8", 6.4, {"printed": 6.4, "derived": 6.4}),
         ("2:4 int8", 6.4, {"printed": 6.4, "derived": 6.4}),
         ("portable int4", 12.8, {"printed": 12.7, "derived": 12.8}),
         ("pair4:8 int4", 12.8, {"printed": 12.7, "derived": 12.8}),
@@ -575,6 +593,20 @@ OTHER: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "type": (lambda d: d["tensors"]["place"].update(dtype="nn"), "unknown type 'nn'"),
     "stored": (lambda d: d["tensors"]["place"].update(stored="int8"), "not its float32"),
     "parameter": (lambda d: d["parameters"].update({"place": [3]}), "parameter 'place'"),
+    "part": (
+        lambda d: d["parts"].update(place=[{"tensor": "stem.bias", "rows": [[0, 32]]}]),
+        "'stem.bias' is no part of the parameter 'place'",
+    ),
+    "rows": (
+        lambda d: d["parts"].update(
+            {"stem.bias": [{"tensor": "stem.bias", "rows": [[0, 10**12]]}]}
+        ),
+        "'stem.bias' is no part",
+    ),
+    "range": (
+        lambda d: d["parts"].update({"stem.bias": [{"tensor": "stem.bias", "rows": [[3]]}]}),
+        "parts.stem.bias.0.rows.0",
+    ),
     "file": (lambda d: d["weights"].update(file="/etc/passwd"), "weights.file"),
     "nodes": (lambda d: d.update(nodes=[1]), "nodes.0"),
     "layers": (lambda d: d.update(layers={}), "layers"),
