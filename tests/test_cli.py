@@ -64,7 +64,7 @@ class TestRealRun:
         run, _ = real
         said = re.compile(
             r"the model file prints this|compiling |top-1|passes|layers|fine-tune |"
-            r"ONNX Runtime against|stored layers: |size: |wrote |[┏┃┡│├└]"
+            r"ONNX Runtime against|stored layers: |size: |packed: |wrote |[┏┃┡│├└]"
         )
         assert [line for line in run.err.splitlines() if not said.match(line)] == []
 

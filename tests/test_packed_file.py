@@ -21,7 +21,15 @@ from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gpusq_compile import CompileResult, InputError, InternalError, compile_model, load_packed
+from gpusq_compile import (
+    CheckFailed,
+    CompileResult,
+    InputError,
+    InternalError,
+    compile_model,
+    load_packed,
+)
+from gpusq_compile.gates import Gates
 from gpusq_compile.graph.as_json import graph_tensors
 from gpusq_compile.output import digest
 from gpusq_compile.packed_file import write_packed
@@ -337,6 +345,21 @@ def test_a_weight_that_breaks_its_plan_is_an_internal_error(
     assert caught.value.code == "cannot-pack"
     assert caught.value.message.startswith("stem: ")
     assert not (tmp_path / WEIGHTS).exists()
+
+
+def test_a_failed_gate_leaves_neither_file(tmp_path: Path) -> None:
+    with pytest.raises(CheckFailed, match="head: not split"):
+        compile_model(
+            seeded(Mixed),
+            (images(2),),
+            rules=make_rules({"id": "all", "match": {"op": "linear"}, **KINDS["split int8"]}),
+            calibration_data=labelled(2),
+            finetune=False,
+            output=tmp_path,
+            engine="none",
+            gates=Gates(strict=True),
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "report.json"]
 
 
 def test_values_beyond_float16_are_stored_as_its_largest(
