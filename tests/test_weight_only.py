@@ -256,7 +256,21 @@ def test_the_files_bytes_are_half_a_byte_a_weight_and_the_scales(verified: Compi
     assert (layer.mask_ok, layer.faults) == (None, ())
 
 
-# --- beside sparsity, and fine-tuned -------------------------------------------------------------
+# --- beside a split, beside sparsity, and fine-tuned ---------------------------------------------
+
+
+def test_a_split_layer_keeps_its_blocks_in_each_part(tmp_path: Path) -> None:
+    compilation = begin(
+        vit(), images(4), make_rules(weight_only(64, split=True)), tmp_path, data=DATA
+    )
+    expected = outputs(run_until(compilation, "finetune_quantized"))[0]
+    run_until(compilation, "verify_onnx")
+    torch.testing.assert_close(outputs(compilation)[0], expected, rtol=1e-4, atol=1e-5)
+    for index in range(3):
+        layer = compilation.stored[f"layers.0.mix.wide.part{index}"]
+        assert (layer.weight_dtype, layer.faults) == ("int4", ())
+        assert layer.weight_bytes == 128 * 128 // 2 + 4 * 128 * 2
+    assert compilation.verify["ok"] is True
 
 
 def test_a_sparse_phase_and_then_the_training_of_block_scales(tmp_path: Path) -> None:
