@@ -6,7 +6,7 @@ The mark pass writes one `AttentionPlan` into `node.meta` of the node that gives
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch.fx
@@ -20,6 +20,7 @@ from gpusq_compile.lowering.fused_attention import unfused
 from gpusq_compile.plan import PLAN, LayerPlan, Treatment
 
 ATTENTION_PLAN = "attention_plan"
+UNTREATED = Treatment()
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class AttentionPlan:
     keys: int | None
     biased: bool
     quantize: Quantize | None = None
-    requested: Treatment = Treatment()
-    applied: Treatment = Treatment()
+    requested: Treatment = UNTREATED
+    applied: Treatment = UNTREATED
     reasons: tuple[str, ...] = ()
     rules: tuple[str, ...] = ()
 
@@ -78,8 +79,9 @@ def plan_attention(name: str, attention: Attention, decision: Decision) -> Atten
     wanted = (("weight", quantize.weight), ("split", quantize.split), ("smooth", quantize.smooth))
     for what, value in wanted:
         if value not in ("none", None, False):
-            plan = plan.refuse(f"{what}: {_text(value)} means nothing to an attention: "
-                               "it has no weight of its own")
+            plan = plan.refuse(
+                f"{what}: {_text(value)} means nothing to an attention: it has no weight of its own"
+            )
     float_reader = next(iter(_float_readers(attention.node)), None)
     output = quantize.output
     if output == "auto":
@@ -94,11 +96,15 @@ def plan_attention(name: str, attention: Attention, decision: Decision) -> Atten
     return replace(plan, quantize=settled)
 
 
-def _refusal(attention: Attention, types: dict[str, str], float_reader: str | None) -> str | None:
+def _refusal(
+    attention: Attention, types: Mapping[str, str], float_reader: str | None
+) -> str | None:
     """Why an attention stays in float; None where it need not."""
     if types["activation"] == "none":
-        return None if types["output"] == "none" else (
-            "INT8 attention takes INT8 queries, keys and values; activation is none"
+        return (
+            None
+            if types["output"] == "none"
+            else ("INT8 attention takes INT8 queries, keys and values; activation is none")
         )
     if "int4" in types.values():
         return "INT4 attention is not known to any engine; activation and output may be int8"
@@ -120,12 +126,12 @@ def _float_readers(node: torch.fx.Node) -> list[str]:
     return [
         name_of(reader)
         for reader, source in moved_readers(node)
-        if not _quantizes(reader.meta.get(PLAN), reader.args and reader.args[0] is source)
+        if not (reader.args[0] is source and _quantizes_input(reader.meta.get(PLAN)))
     ]
 
 
-def _quantizes(plan: LayerPlan | None, as_input: bool) -> bool:
-    block = plan.quantize if plan is not None and as_input else None
+def _quantizes_input(plan: LayerPlan | None) -> bool:
+    block = None if plan is None else plan.quantize
     return block is not None and block.activation == "int8"
 
 

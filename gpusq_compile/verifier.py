@@ -64,7 +64,8 @@ def plans_name_their_weight(graph_module: torch.fx.GraphModule) -> list[str]:
 
 def layer_names_are_unique(graph_module: torch.fx.GraphModule) -> list[str]:
     graph = graph_module.graph
-    names = [plan.name for _, plan in (*planned(graph), *planned_attentions(graph))]
+    names = [plan.name for _, plan in planned(graph)]
+    names += [plan.name for _, plan in planned_attentions(graph)]
     return [f"two layers are named {name}" for name in sorted(set(names)) if names.count(name) > 1]
 
 

@@ -1,7 +1,7 @@
 """mark: decide by the rules what happens to each operator, and write it into the graph.
 
-Needs `graph` and `canonical`. Finds roles, offers every linear, convolution, normalization and
-residual add, and every attention, to the rules, and checks whether the shapes allow what they ask. Changes
+Needs `graph` and `canonical`. Finds roles, offers every linear, convolution, normalization,
+residual add and attention to the rules, and checks whether the shapes allow what they ask. Changes
 no operator: it writes a `LayerPlan` on weighted operators, an `AttentionPlan` on attentions and a
 `TapPlan` on nodes to distill at.
 Guarantees `marked`: every later pass reads plans and never the rules.
@@ -111,8 +111,9 @@ def mark_attentions(
 def require_data(compilation: Compilation) -> None:
     """Raise InputError now, not after minutes of work, for data that the plans need."""
     plans = [plan for _, plan in planned(compilation.ir.graph)]
-    attentions = [plan for _, plan in planned_attentions(compilation.ir.graph)]
-    blocks = [plan.quantize for plan in (*plans, *attentions) if plan.quantize is not None]
+    wanted = [plan.quantize for plan in plans]
+    wanted += [plan.quantize for _, plan in planned_attentions(compilation.ir.graph)]
+    blocks = [block for block in wanted if block is not None]
     settings = compilation.rules.finetune
     if compilation.options.finetune:
         if settings.sparse != "none" and any(plan.sparsity for plan in plans):

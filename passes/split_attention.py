@@ -78,9 +78,7 @@ def masked(scores: torch.fx.Node, mask: torch.fx.Node, node: torch.fx.Node) -> t
         return insert_call(graph, aten.add.Tensor, (scores, mask), provenance=node)
     hidden = insert_call(graph, aten.logical_not.default, (mask,), provenance=node)
     lowest = torch.finfo(scores.meta["val"].dtype).min
-    return insert_call(
-        graph, aten.masked_fill.Scalar, (scores, hidden, lowest), provenance=node
-    )
+    return insert_call(graph, aten.masked_fill.Scalar, (scores, hidden, lowest), provenance=node)
 
 
 PASS = Pass(

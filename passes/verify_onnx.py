@@ -19,8 +19,8 @@ import onnx
 import torch
 
 from gpusq_compile.accuracy import measure
-from gpusq_compile.batch_inputs import size_of
 from gpusq_compile.attention_plan import planned_attentions
+from gpusq_compile.batch_inputs import size_of
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.data import logits_of
 from gpusq_compile.errors import CheckFailed, InputError

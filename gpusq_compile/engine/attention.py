@@ -25,9 +25,7 @@ def find_attentions(
 
 def _find(log: BuilderLog, attention: MarkedAttention) -> AttentionInEngine:
     products = (f"{attention.name}/qk", f"{attention.name}/av")
-    holders = [
-        layer for layer in log.layers if any(name in layer.onnx_nodes for name in products)
-    ]
+    holders = [layer for layer in log.layers if any(name in layer.onnx_nodes for name in products)]
     whole = [layer for layer in holders if all(name in layer.onnx_nodes for name in products)]
     kernels = [layer for layer in whole if _is_attention(layer)]
     if len(kernels) == 1:
@@ -42,7 +40,11 @@ def _find(log: BuilderLog, attention: MarkedAttention) -> AttentionInEngine:
     if gemms and not kernels:
         names = ", ".join(f"'{layer.name}'" for layer in gemms)
         return _answer(
-            attention, "unfused", "missed", gemms, f"the builder made separate layers of it: {names}"
+            attention,
+            "unfused",
+            "missed",
+            gemms,
+            f"the builder made separate layers of it: {names}",
         )
     if not log.layers:
         reason = "the builder log lists no engine layers"
@@ -64,8 +66,8 @@ def _type(layer: EngineLayer) -> str:
     types = [tensor.dtype for tensor in layer.inputs]
     if types.count("int8") == FACTORS:
         return "int8"
-    floats = FLOATS.intersection(types)
-    return floats.pop() if len(floats) == 1 and "int8" not in types else "unknown"
+    floats = [name for name in dict.fromkeys(types) if name in FLOATS]
+    return floats[0] if len(floats) == 1 and "int8" not in types else "unknown"
 
 
 def _answer(

@@ -45,8 +45,10 @@ def reconstruction_follows(compilation: Compilation) -> bool:
 
 def _quantizes(compilation: Compilation) -> bool:
     graph = compilation.ir.graph
-    plans = (*planned(graph), *planned_attentions(graph))
-    return compilation.options.finetune and any(plan.quantize for _, plan in plans)
+    quantizes = any(plan.quantize for _, plan in planned(graph)) or any(
+        plan.quantize for _, plan in planned_attentions(graph)
+    )
+    return compilation.options.finetune and quantizes
 
 
 def zero_masked_weights(graph_module: torch.fx.GraphModule) -> None:

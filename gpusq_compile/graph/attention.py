@@ -18,6 +18,9 @@ from gpusq_compile.graph.channels import moves_data, name_of
 from gpusq_compile.graph.query import aten, is_weighted, shape_of, walk_inputs, walk_users
 from gpusq_compile.graph.roles import FUSED_ATTENTION, PRODUCTS, SOFTMAX
 
+AxisSizes = tuple[int | None, int | None, int | None, int | None]
+"""head_dim, value_dim, queries and keys of an attention; None where they are dynamic."""
+
 MATMULS: frozenset[object] = frozenset({aten.matmul.default, aten.bmm.default})
 SCORE_OPS: frozenset[object] = frozenset(
     {
@@ -152,7 +155,7 @@ def _spelled_out(softmax: torch.fx.Node) -> list[Attention]:
     if foreign is not None:
         reason = f"{name_of(foreign)} is not followed"
         parts = (scores, scores, node)
-        return [_attention(node, parts, (None,) * 4, scores, softmax, obstacle=reason)]
+        return [_attention(node, parts, (None, None, None, None), scores, softmax, obstacle=reason)]
     between = set(upstream).intersection(walk_users(scores, _between))
     (query, key), (weights, value) = _factors(scores), _factors(node)
     odd = [link for link in sorted(between) if not (link.target in SCORE_OPS or moves_data(link))]
@@ -176,16 +179,14 @@ def _spelled_out(softmax: torch.fx.Node) -> list[Attention]:
 def _attention(
     node: torch.fx.Node,
     parts: tuple[torch.fx.Node, torch.fx.Node, torch.fx.Node],
-    sizes: tuple[int | None, ...],
+    sizes: AxisSizes,
     scores: torch.fx.Node | None = None,
     softmax: torch.fx.Node | None = None,
     *,
     biased: bool = False,
     obstacle: str | None = None,
 ) -> Attention:
-    return Attention(
-        node, *parts, scores, softmax, *sizes, biased=biased, obstacle=obstacle
-    )
+    return Attention(node, *parts, scores, softmax, *sizes, biased=biased, obstacle=obstacle)
 
 
 def _factors(product: torch.fx.Node) -> tuple[torch.fx.Node, torch.fx.Node]:

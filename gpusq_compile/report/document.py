@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gpusq_compile import __version__
+from gpusq_compile.attention_plan import AttentionPlan, planned_attentions
 from gpusq_compile.compilation import Compilation, PassRecord
 from gpusq_compile.errors import GpusqError
 from gpusq_compile.plan import LayerPlan, Treatment, planned
@@ -38,6 +39,12 @@ def make_report(
             "device": compilation.options.device,
             "passes": [pass_entry(record) for record in compilation.records],
             "layers": [layer_entry(compilation, plan) for plan in plans],
+            "attentions": [
+                attention_entry(compilation, plan)
+                for _, plan in (
+                    planned_attentions(compilation.ir.graph) if compilation.graph else ()
+                )
+            ],
             "finetune": compilation.finetune,
             "accuracy": {
                 name: compilation.accuracy.get(name)
@@ -78,6 +85,34 @@ def layer_entry(compilation: Compilation, plan: LayerPlan) -> dict[str, Any]:
         "mask_ok": stored.mask_ok if stored else None,
         "weight_bytes": stored.weight_bytes if stored else None,
         "engine": engine_entry(compilation, plan.name),
+    }
+
+
+def attention_entry(compilation: Compilation, plan: AttentionPlan) -> dict[str, Any]:
+    """What was asked of an attention and done to it; its type in each engine by target."""
+    targets = compilation.engine.targets if compilation.engine else {}
+    found = {
+        target: attention
+        for target, engine in targets.items()
+        for attention in engine.attentions
+        if attention.name == plan.name
+    }
+    first = next(iter(found.values()), None)
+    return {
+        "name": plan.name,
+        "head_dim": plan.head_dim,
+        "queries": plan.queries,
+        "keys": plan.keys,
+        "biased": plan.biased,
+        "requested": plan.requested.as_dict(),
+        "applied": plan.applied.as_dict(),
+        "reasons": list(plan.reasons),
+        "rules": list(plan.rules),
+        "engine": {
+            "type": first.actual if first else "unknown",
+            "reason": first.reason if first else None,
+            "targets": {target: attention.actual for target, attention in found.items()},
+        },
     }
 
 
