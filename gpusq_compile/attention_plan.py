@@ -72,16 +72,8 @@ def plan_attention(name: str, attention: Attention, decision: Decision) -> Atten
         rules=tuple(str(hit) for hit in decision.chain),
     )
     quantize = decision.quantize
-    if decision.sparsity is not None:
-        plan = plan.refuse("an attention has no weight of its own that could be pruned")
     if quantize is None:
         return plan
-    wanted = (("weight", quantize.weight), ("split", quantize.split), ("smooth", quantize.smooth))
-    for what, value in wanted:
-        if value not in ("none", None, False):
-            plan = plan.refuse(
-                f"{what}: {_text(value)} means nothing to an attention: it has no weight of its own"
-            )
     float_reader = next(iter(_float_readers(attention.node)), None)
     output = quantize.output
     if output == "auto":
@@ -89,9 +81,10 @@ def plan_attention(name: str, attention: Attention, decision: Decision) -> Atten
     types = {"activation": quantize.activation, "output": output}
     asked = {what: name for what, name in types.items() if name != "none"}
     plan = replace(plan, requested=Treatment(**asked))
-    reason = _refusal(attention, types, float_reader)
-    if not asked or reason is not None:
-        return plan if reason is None else plan.refuse(reason)
+    if not asked:
+        return plan
+    if (reason := _refusal(attention, types, float_reader)) is not None:
+        return plan.refuse(reason)
     settled = quantize.model_copy(update={"output": output})
     return replace(plan, quantize=settled)
 
@@ -99,13 +92,9 @@ def plan_attention(name: str, attention: Attention, decision: Decision) -> Atten
 def _refusal(
     attention: Attention, types: Mapping[str, str], float_reader: str | None
 ) -> str | None:
-    """Why an attention stays in float; None where it need not."""
+    """Why an attention of which something is asked stays in float; None where it need not."""
     if types["activation"] == "none":
-        return (
-            None
-            if types["output"] == "none"
-            else ("INT8 attention takes INT8 queries, keys and values; activation is none")
-        )
+        return "INT8 attention needs INT8 queries, keys and values, and activation is none"
     if "int4" in types.values():
         return "INT4 attention is not known to any engine; activation and output may be int8"
     if attention.obstacle is not None:
@@ -133,7 +122,3 @@ def _float_readers(node: torch.fx.Node) -> list[str]:
 def _quantizes_input(plan: LayerPlan | None) -> bool:
     block = None if plan is None else plan.quantize
     return block is not None and block.activation == "int8"
-
-
-def _text(value: object) -> str:
-    return "true" if value is True else str(value)

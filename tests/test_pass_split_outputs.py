@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpusq_compile import compile_model
@@ -249,3 +251,46 @@ def test_the_user_gets_whole_weights_back() -> None:
     assert split.keys() == whole.keys() == model.state_dict().keys()
     for name, value in whole.items():
         assert torch.equal(split[name], value)
+
+
+class ChunkedAttention(nn.Module):
+    """Attention whose fused QKV is cut by `chunk`, the form in which TensorRT loses INT8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(64)
+        self.qkv = nn.Linear(64, 192)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (2, 32)).transpose(1, 2) for part in by_chunk(self.qkv(x)))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def by_chunk(y: Tensor) -> tuple[Tensor, ...]:
+    return y.chunk(3, dim=-1)
+
+
+@pytest.mark.parametrize(
+    ("treatment", "actual"),
+    [({}, "fp16"), ({"split": True}, "int8"), ({"output": "int8"}, "int8")],
+)
+def test_a_fused_qkv_stays_int8_in_the_engine_only_when_mended(
+    treatment: dict[str, Any], actual: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    inputs = noise(2, 16, 64)
+    quantize = {"weight": "int8", **treatment}
+    report = compile_model(
+        seeded(ChunkedAttention),
+        (inputs,),
+        rules=make_rules(
+            {"id": "qkv", "match": {"op": "linear"}, "quantize": quantize}, precision="fp16"
+        ),
+        calibration_data=[inputs],
+        finetune=False,
+        engine="tensorrt-rtx",
+        output=tmp_path,
+    ).report
+    types = {layer["name"]: layer["engine"]["type"] for layer in report["layers"]}
+    split = [f"qkv.part{index}" for index in range(3)] if "split" in treatment else ["qkv"]
+    assert types == dict.fromkeys(split, actual)
