@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch.fx
 
-from gpusq_compile.graph.attention import Attention, moved_readers
+from gpusq_compile.graph.attention import Attention, AttentionSizes, moved_readers
 from gpusq_compile.graph.channels import name_of
 from gpusq_compile.graph.query import input_dependent
 from gpusq_compile.language.matching import Decision
@@ -28,14 +28,11 @@ class AttentionPlan:
     """The plan of one attention.
 
     `applied.activation` is the type of queries, keys, values and softmax output, `applied.output`
-    that of the quantizer that was put behind it. `keys` and `queries` count positions, `head_dim`
-    is the size that the first product sums over; None where they are dynamic.
+    that of the quantizer that was put behind it.
     """
 
     name: str
-    head_dim: int | None
-    queries: int | None
-    keys: int | None
+    sizes: AttentionSizes
     biased: bool
     quantize: Quantize | None = None
     requested: Treatment = UNTREATED
@@ -65,9 +62,7 @@ def plan_attention(name: str, attention: Attention, decision: Decision) -> Atten
     """
     plan = AttentionPlan(
         name=name,
-        head_dim=attention.head_dim,
-        queries=attention.queries,
-        keys=attention.keys,
+        sizes=attention.sizes,
         biased=attention.biased,
         rules=tuple(str(hit) for hit in decision.chain),
     )
@@ -101,7 +96,7 @@ def _refusal(
         return attention.obstacle
     if attention.node not in input_dependent(attention.node.graph):
         return "its inputs are constants, so it runs once, when the engine is built"
-    reason = unfused(attention)
+    reason = unfused(attention.sizes)
     if reason is None and types["output"] == "none" and float_reader is not None:
         reason = (
             f"{float_reader} reads its output in float, and TensorRT fuses INT8 attention with an "

@@ -18,9 +18,6 @@ from gpusq_compile.graph.channels import moves_data, name_of
 from gpusq_compile.graph.query import aten, is_weighted, shape_of, walk_inputs, walk_users
 from gpusq_compile.graph.roles import FUSED_ATTENTION, PRODUCTS, SOFTMAX
 
-AxisSizes = tuple[int | None, int | None, int | None, int | None]
-"""head_dim, value_dim, queries and keys of an attention; None where they are dynamic."""
-
 MATMULS: frozenset[object] = frozenset({aten.matmul.default, aten.bmm.default})
 SCORE_OPS: frozenset[object] = frozenset(
     {
@@ -38,28 +35,40 @@ SCORE_OPS: frozenset[object] = frozenset(
 
 
 @dataclass(frozen=True)
+class AttentionSizes:
+    """The axes of an attention; None where they are dynamic.
+
+    `head_dim` is what the first product sums over, `value_dim` the size of a value; `queries` and
+    `keys` count positions. `heads` is None too where one axis holds heads and batch.
+    """
+
+    heads: int | None = None
+    head_dim: int | None = None
+    value_dim: int | None = None
+    queries: int | None = None
+    keys: int | None = None
+
+
+@dataclass(frozen=True)
 class Attention:
     """One attention. `node` gives its output: the fused operator, or the second product.
 
     `query` [..., queries, head_dim] and `value` [..., keys, value_dim] are the nodes that it reads,
     `key` is [..., keys, head_dim] of a fused operator and [..., head_dim, keys] of a product.
     Spelled out, `scores` is the first product and `softmax` the softmax; both are None where it is
-    fused. Sizes are None where they are dynamic. `biased` says whether anything is added to the
-    scores or masks them. `obstacle` says why it is not of the one form that can be quantized.
+    fused. `biased` says whether anything is added to the scores or masks them, `obstacle` why it is
+    not of the one form that can be quantized.
     """
 
     node: torch.fx.Node
     query: torch.fx.Node
     key: torch.fx.Node
     value: torch.fx.Node
-    scores: torch.fx.Node | None
-    softmax: torch.fx.Node | None
-    head_dim: int | None
-    value_dim: int | None
-    queries: int | None
-    keys: int | None
-    biased: bool
-    obstacle: str | None
+    sizes: AttentionSizes
+    scores: torch.fx.Node | None = None
+    softmax: torch.fx.Node | None = None
+    biased: bool = False
+    obstacle: str | None = None
 
     @property
     def is_fused(self) -> bool:
@@ -137,10 +146,10 @@ def _fused(node: torch.fx.Node) -> Attention:
         obstacle = "several heads of queries share one of keys (grouped-query attention)"
     elif given["dropout_p"]:
         obstacle = f"it drops weights with probability {given['dropout_p']:g}"
-    query, key, value = parts = given["query"], given["key"], given["value"]
-    sizes = (_size(query, -1), _size(value, -1), _size(query, -2), _size(key, -2))
+    query, key, value = given["query"], given["key"], given["value"]
+    sizes = _sizes(query, value, _size(key, -2))
     masked = given["attn_mask"] is not None
-    return _attention(node, parts, sizes, biased=masked, obstacle=obstacle)
+    return Attention(node, query, key, value, sizes, biased=masked, obstacle=obstacle)
 
 
 def _spelled_out(softmax: torch.fx.Node) -> list[Attention]:
@@ -154,8 +163,8 @@ def _spelled_out(softmax: torch.fx.Node) -> list[Attention]:
     foreign = next((n for n in (scores, node) if n.target not in MATMULS), None)
     if foreign is not None:
         reason = f"{name_of(foreign)} is not followed"
-        parts = (scores, scores, node)
-        return [_attention(node, parts, (None, None, None, None), scores, softmax, obstacle=reason)]
+        unknown = AttentionSizes()
+        return [Attention(node, scores, scores, node, unknown, scores, softmax, obstacle=reason)]
     between = set(upstream).intersection(walk_users(scores, _between))
     (query, key), (weights, value) = _factors(scores), _factors(node)
     odd = [link for link in sorted(between) if not (link.target in SCORE_OPS or moves_data(link))]
@@ -170,23 +179,9 @@ def _spelled_out(softmax: torch.fx.Node) -> list[Attention]:
         obstacle = "the softmax is read by others than the second product"
     elif not _over_last_axis(softmax):
         obstacle = "the softmax runs over another axis than the last"
-    sizes = (_size(query, -1), _size(value, -1), _size(query, -2), _size(key, -1))
+    sizes = _sizes(query, value, _size(key, -1))
     biased = any(n.target in SCORE_OPS and len(n.all_input_nodes) > 1 for n in between)
-    parts = (query, key, value)
-    return [_attention(node, parts, sizes, scores, softmax, biased=biased, obstacle=obstacle)]
-
-
-def _attention(
-    node: torch.fx.Node,
-    parts: tuple[torch.fx.Node, torch.fx.Node, torch.fx.Node],
-    sizes: AxisSizes,
-    scores: torch.fx.Node | None = None,
-    softmax: torch.fx.Node | None = None,
-    *,
-    biased: bool = False,
-    obstacle: str | None = None,
-) -> Attention:
-    return Attention(node, *parts, scores, softmax, *sizes, biased=biased, obstacle=obstacle)
+    return [Attention(node, query, key, value, sizes, scores, softmax, biased, obstacle)]
 
 
 def _factors(product: torch.fx.Node) -> tuple[torch.fx.Node, torch.fx.Node]:
@@ -229,6 +224,19 @@ def _is_size(node: torch.fx.Node) -> bool:
 def _over_last_axis(softmax: torch.fx.Node) -> bool:
     axis = softmax.args[1] if len(softmax.args) > 1 else softmax.kwargs.get("dim")
     return axis in (-1, len(shape_of(softmax) or ()) - 1)
+
+
+def _sizes(query: torch.fx.Node, value: torch.fx.Node, keys: int | None) -> AttentionSizes:
+    return AttentionSizes(_heads(query), _size(query, -1), _size(value, -1), _size(query, -2), keys)
+
+
+def _heads(query: torch.fx.Node) -> int | None:
+    """The axis in front of the queries; where that is the batch alone, there is one head."""
+    shape = shape_of(query) or ()
+    if len(shape) >= 4:
+        return _size(query, -3)
+    batch = shape[0] if shape else 1
+    return 1 if isinstance(batch, int) or batch.node.expr.is_Symbol else None
 
 
 def _size(node: torch.fx.Node, axis: int) -> int | None:

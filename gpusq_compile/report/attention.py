@@ -9,15 +9,14 @@ from typing import Any
 def attention_lines(report: dict[str, Any]) -> list[str]:
     """How many attentions are quantized, how many each engine fuses, and why the others are not.
 
-    Nothing where the rules ask nothing of any. A report of a dry run tells what is planned.
+    Nothing where the rules ask nothing of any.
     """
     attentions = report.get("attentions", [])
     asked = [a for a in attentions if any(a["requested"].values()) or a["reasons"]]
     if not asked:
         return []
-    done = [a for a in attentions if a["applied"]["activation"]]
-    planned = [a for a in asked if a["requested"]["activation"] and not a["reasons"]]
-    lines = [f"attention: {len(done or planned)} of {len(attentions)} in INT8"]
+    planned = sum(attention["planned"] for attention in attentions)
+    lines = [f"attention: {planned} of {len(attentions)} in INT8"]
     engines = (report["engine"] or {"targets": {}})["targets"]
     for target, built in engines.items():
         found = built.get("attentions", [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +101,10 @@ def attention_entry(compilation: Compilation, plan: AttentionPlan) -> dict[str, 
     first = next(iter(found.values()), None)
     return {
         "name": plan.name,
-        "head_dim": plan.head_dim,
-        "queries": plan.queries,
-        "keys": plan.keys,
+        **asdict(plan.sizes),
         "biased": plan.biased,
         "requested": plan.requested.as_dict(),
+        "planned": plan.quantize is not None,
         "applied": plan.applied.as_dict(),
         "reasons": list(plan.reasons),
         "rules": list(plan.rules),
