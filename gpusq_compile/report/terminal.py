@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gpusq_compile.console import print_sentence
+from gpusq_compile.report.attention import attention_lines
 
 MOST_REASONS = 8
 UNKNOWN = "-"
@@ -24,7 +25,15 @@ def show_report(report: dict[str, Any], console: Console, files: Iterable[str] =
     """Print every view of a report, in the order in which a person asks for it."""
     console.print(pass_table(report))
     console.print(layer_table(report))
-    views = (refusals, finetune_lines, accuracy_lines, verify_lines, size_lines, engine_lines)
+    views = (
+        refusals,
+        attention_lines,
+        finetune_lines,
+        accuracy_lines,
+        verify_lines,
+        size_lines,
+        engine_lines,
+    )
     for view in views:
         for text in view(report):
             print_sentence(console, escape(text))
@@ -35,7 +44,7 @@ def show_report(report: dict[str, Any], console: Console, files: Iterable[str] =
 def show_plan(report: dict[str, Any], console: Console) -> None:
     """Print what the rules decided, of a report that stops there (`--dry-run`)."""
     console.print(plan_table(report))
-    for text in (*refusals(report), *tap_lines(report)):
+    for text in (*refusals(report), *attention_lines(report), *tap_lines(report)):
         print_sentence(console, escape(text))
     console.print("nothing was written (--dry-run)")
 
