@@ -69,18 +69,22 @@ def sparse_causes(
 
     `targets` are the GPUs of the engine ("sm86"; none known: any). `sparse_flag` says whether the
     builder was allowed sparse kernels at all, None where that is not known. Where nothing known
-    applies, the one cause is `dense-faster` for an eligible layer, else `unexplained`.
+    applies, the one cause is `dense-faster`, or `unexplained` for a layer that was not eligible.
     """
     if sparse_flag is False:
         return (
             Cause("flag-off", "the engine was built without sparse kernels (--sparsity=enable)"),
         )
-    found = [*_impossible(layer), *_unlikely(layer, targets)]
+    found = _impossible(layer)
+    if not any(cause.code in ("weight-only", "few-channels") for cause in found):
+        found += _unlikely(layer, targets)
     if found:
         return tuple(found)
-    if layer.eligible == "yes":
-        return (Cause("dense-faster", "the builder timed a dense kernel as the faster one"),)
-    return (Cause("unexplained", "none of the known causes applies"),)
+    if layer.eligible == "no":
+        text = "the builder found it not eligible, and none of the known causes applies"
+        return (Cause("unexplained", text),)
+    certain = "" if layer.eligible == "yes" else "no known cause applies: most likely "
+    return (Cause("dense-faster", f"{certain}a dense kernel was faster"),)
 
 
 def _impossible(layer: SparseLayer) -> list[Cause]:

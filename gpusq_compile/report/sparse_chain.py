@@ -36,6 +36,8 @@ def sparse_chain(
     picked: Answer = gemm.picked if gemm else "unknown"
     if gemm is not None and sparse_flag is False:
         eligible = picked = "no"
+    if picked == "yes":
+        eligible = "yes"
     causes: Sequence[Cause] = ()
     if layer["applied"]["sparsity"] is None:
         causes = [Cause("refused", reason) for reason in layer["reasons"]]
