@@ -156,7 +156,12 @@ def test_what_was_refused_or_is_broken_breaks_the_chain_before_the_engine() -> N
 def test_the_table_counts_by_role_and_unknown_is_no_zero() -> None:
     report = make_report()
     assert sparse_table(report) is None
-    nothing = {"eligible": "unknown", "picked": "unknown", "causes": [], "reason": None}
+    nothing: dict[str, Any] = {
+        "eligible": "unknown",
+        "picked": "unknown",
+        "causes": [],
+        "reason": None,
+    }
     for layer in report["layers"]:
         layer["sparse_kernel"] = {"requested": "2:4", "mask_ok": True, **nothing}
     assert row(report, "all") == ["4", "4", "-", "-"]

@@ -27,7 +27,10 @@ def compute_lines(report: dict[str, Any]) -> list[str]:
 
 
 def _giga(count: int) -> str:
-    return f"{count / 1e9:.3g} G" if count >= 1e8 else f"{count / 1e6:.3g} M"
+    for unit, size in (("G", 1e9), ("M", 1e6)):
+        if count >= size / 10:
+            return f"{count / size:.3g} {unit}"
+    return f"{count / 1e3:.3g} k"
 
 
 def _times(change: dict[str, float | None]) -> str:
