@@ -19,6 +19,7 @@ from gpusq_compile.passes import (
     reconstruct,
     smooth,
     sparsify,
+    split_outputs,
     surgery,
     tap,
     trace,
@@ -45,6 +46,7 @@ COMPRESSION: dict[str, Pass] = {
 
 LOWERING: tuple[Pass, ...] = (
     fold.PASS,
+    split_outputs.PASS,
     export_onnx.PASS,
     surgery.PASS,
     verify_onnx.PASS,

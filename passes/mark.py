@@ -17,6 +17,7 @@ import torch.fx
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.data import require_calibration_data, require_train_data
 from gpusq_compile.graph.query import (
+    WEIGHTED_OPS,
     input_dependent,
     is_weighted,
     module_class,
@@ -30,7 +31,7 @@ from gpusq_compile.language.matching import Candidate, Decision, decide
 from gpusq_compile.language.schema import Distill, Quantize, Sparsity
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.plan import TAP_PLAN, LayerPlan, TapPlan, Treatment, planned, update_plan
-from gpusq_compile.remarks import analysis, missed, passed
+from gpusq_compile.remarks import Remark, analysis, missed, passed
 from gpusq_compile.second_moments import looks_at_inputs
 from gpusq_compile.sparsity import PATTERNS, REDUCTION_AXIS
 
@@ -70,6 +71,7 @@ def run(compilation: Compilation) -> PassResult:
         result.skipped += not wanted
         for reason in plan.reasons:
             result.remarks.append(missed("refused", reason, plan.name))
+    result.remarks += weightless(offers, decisions.decisions)
     if not result.changed:
         text = "the rules change no layer of this model"
         compilation.console.warn(text)
@@ -84,6 +86,31 @@ def run(compilation: Compilation) -> PassResult:
     if not compilation.options.dry_run:
         require_data(compilation)
     return result
+
+
+def weightless(offers: Sequence[Offer], decisions: Sequence[Decision]) -> list[Remark]:
+    """A remark for each rule and kind of operator that it asks to compress and that has no weight.
+
+    Of a rule that also reaches operators with weights it is a note: a broad match means those.
+    """
+    reached: dict[str, set[str]] = {}
+    names: dict[tuple[str, str, str], list[str]] = {}
+    for offer, decision in zip(offers, decisions, strict=True):
+        for hit in decision.chain:
+            reached.setdefault(hit.rule, set()).add(offer.candidate.op)
+            for action in set(hit.actions) - set(hit.overridden) - {"distill"}:
+                if not is_weighted(offer.node) and getattr(decision, action) is not None:
+                    key = (hit.rule, action, offer.candidate.op)
+                    names.setdefault(key, []).append(offer.candidate.name)
+    remarks = []
+    for (rule, action, op), found in sorted(names.items()):
+        text = (
+            f"rule '{rule}' asks for {action} on {len(found)} operators of kind {op}, which have "
+            "no weight and stay as they are"
+        )
+        kind = analysis if reached[rule] & WEIGHTED_OPS else missed
+        remarks.append(kind("no-weight", text, found[0] if len(found) == 1 else None))
+    return remarks
 
 
 def require_data(compilation: Compilation) -> None:

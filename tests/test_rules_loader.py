@@ -92,7 +92,7 @@ def test_shipped_int8_asks_for_sparse_int8_and_an_int8_output_of_qkv() -> None:
     by_id = {located.rule.id: located.rule for located in load_rules("int8").rules}
     gemms, qkv, head = by_id["gemms"], by_id["int8-qkv-output"], by_id["dense-classifier"]
     assert gemms.sparsity == Sparsity(pattern="2:4", method="obs", permute=True)
-    assert gemms.quantize == Quantize(weight="int8", activation="int8", output="none")
+    assert gemms.quantize == Quantize(weight="int8", activation="int8", output="auto")
     assert isinstance(qkv.quantize, Quantize)
     assert qkv.quantize.output == "int8"
     assert (head.sparsity, head.quantize) == ("none", "none")
