@@ -265,12 +265,10 @@ def _input_sizes(node: torch.fx.Node, index: int) -> tuple[int, ...]:
 
 
 def _sizes(node: torch.fx.Node) -> tuple[int, ...]:
-    """The shape of the traced batch's value; a node that a pass inserted keeps its input's."""
-    while (sizes := _value_sizes(node)) is None:
-        source = node.args[0] if node.args else None
-        if not isinstance(source, torch.fx.Node):
-            raise RuntimeError(f"node {node.name} has no shape")
-        node = source
+    """The shape of the traced batch's value."""
+    sizes = _value_sizes(node)
+    if sizes is None:
+        raise RuntimeError(f"node {node.name} has no shape")
     return sizes
 
 

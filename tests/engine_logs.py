@@ -22,7 +22,6 @@ def make_layer(name: str, **changes: Any) -> dict[str, Any]:
         "applied": treatment,
         "reasons": [],
         "mask_ok": True,
-        "split": False,
         "sparse_kernel": None,
         **changes,
     }

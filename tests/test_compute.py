@@ -168,3 +168,19 @@ def test_deit_tiny_has_its_published_macs() -> None:
     timm = pytest.importorskip("timm")
     found = counted(timm.create_model("deit_tiny_patch16_224"), torch.randn(2, 3, 224, 224))
     assert sum(entry.macs for entry in found.values()) / 1e9 == pytest.approx(1.26, rel=0.01)
+
+
+@pytest.mark.parametrize("mend", [{"split": True}, {"output": "int8"}])
+def test_a_split_layer_costs_what_it_did_whole(mend: dict[str, Any], tmp_path: Path) -> None:
+    rule = {
+        "id": "all",
+        "match": {"op": "linear"},
+        "quantize": {"weight": "int8", "activation": "int8", **mend},
+    }
+    compilation = begin(TinyViT(), torch.randn(2, 2, 8, 8), make_rules(rule), tmp_path)
+    before = by_name(run_until(compilation, "trace"))
+    after = by_name(run_until(compilation, "surgery"))
+    parts = [name for name in after if ".part" in name]
+    assert len(parts) == (2 * 3 if "split" in mend else 0)
+    assert sum(e.macs for e in after.values()) == sum(e.macs for e in before.values())
+    assert {after[name].weight for name in parts} <= {"int8"}

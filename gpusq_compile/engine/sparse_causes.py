@@ -35,9 +35,9 @@ class SparseLayer:
     """A pruned layer as the rules treated it, and what the engine made of it.
 
     `shape` is the weight's, [out, in] or [out, in, kh, kw]. `weight`, `activation` and `output` are
-    the integer types that were applied, None for float, which is `precision`. `split` says that a
-    fused layer is stored as one GEMM per part. `engine_type` is the type in which the engine
-    multiplies ("int8", "fp16", ..., "unknown") and `type_reason` why it is not the planned one.
+    the integer types that were applied, None for float, which is `precision`. `engine_type` is the
+    type in which the engine multiplies ("int8", "fp16", ..., "unknown") and `type_reason` why it is
+    not the planned one.
     """
 
     pattern: str
@@ -48,7 +48,6 @@ class SparseLayer:
     activation: str | None
     output: str | None
     precision: str = "fp16"
-    split: bool = False
     eligible: Answer = "unknown"
     engine_type: str = "unknown"
     type_reason: str | None = None
@@ -163,9 +162,4 @@ def _sizes(layer: SparseLayer) -> str:
 def _is_fused_qkv(layer: SparseLayer) -> bool:
     """Whether one GEMM computes two or three of Q, K and V, to be cut apart in float."""
     parts = _outputs(layer) // _inputs(layer)
-    return (
-        layer.role == "attention_qkv"
-        and layer.output is None
-        and not layer.split
-        and parts in (2, 3)
-    )
+    return layer.role == "attention_qkv" and layer.output is None and parts in (2, 3)

@@ -82,7 +82,6 @@ def layer_entry(compilation: Compilation, plan: LayerPlan) -> dict[str, Any]:
         "rules": list(plan.rules),
         "mask_ok": stored.mask_ok if stored else None,
         "weight_bytes": stored.weight_bytes if stored else None,
-        "split": plan.quantize is not None and plan.quantize.split,
         "engine": engine_entry(compilation, plan.name),
     }
     target = target_entry(compilation)

@@ -70,7 +70,6 @@ def _sparse_layer(
         activation=applied["activation"],
         output=applied["output"],
         precision=precision,
-        split=layer.get("split", False),
         eligible=eligible,
         engine_type=gemm.actual if gemm else "unknown",
         type_reason=gemm.reason if gemm else None,
