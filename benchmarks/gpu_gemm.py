@@ -41,6 +41,8 @@ import torch
 from torch import Tensor
 
 from compile_time import RESULTS, versions
+from gpusq_compile.errors import InputError
+from gpusq_compile.packed_model import load_packed
 from gpusq_compile.sparsity import PATTERNS, magnitude_mask, violations
 from rtx_engine import try_engine
 
@@ -139,9 +141,8 @@ def generated_weight(k: int, n: int) -> Tensor:
 
 def compiled_weights(folder: Path) -> dict[str, Tensor]:
     """The 2:4 INT8 weights that a compile left in `folder`, int8 [n, k] by layer name."""
-    from safetensors.torch import load_file
-
-    tensors = load_file(folder / "weights.safetensors")
+    model = load_packed(folder)
+    tensors = {layer.name: model.tensors[layer.weight] for layer in model.graph.layers}
     weights = {name: t for name, t in tensors.items() if t.dtype == torch.int8 and t.ndim == 2}
     pattern = PATTERNS["2:4"]
     return {
@@ -324,11 +325,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if min(arguments.batch) < 1:
         parser.error("--batch: sizes are 1 or more")
-    if arguments.weights and not (arguments.weights / "weights.safetensors").is_file():
-        parser.error(f"--weights: there is no {arguments.weights / 'weights.safetensors'}")
     gemms = [gemm for gemm in GEMMS if arguments.model in (None, gemm.model)]
     work = [(gemm, batch) for gemm in gemms for batch in arguments.batch]
-    compiled = compiled_weights(arguments.weights) if arguments.weights else {}
+    try:
+        compiled = compiled_weights(arguments.weights) if arguments.weights else {}
+    except InputError as problem:
+        print(problem, file=sys.stderr)
+        sys.exit(2)
     has_gpu = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if has_gpu else "none"
     if arguments.dry_run:

@@ -90,7 +90,7 @@ class ComputeEntry:
     @property
     def speedup(self) -> float:
         """Its multiply-accumulates in the time of one in FP32; the slower factor decides."""
-        if BITS[self.weight] < 8 <= 16 <= BITS[self.activation]:
+        if BITS[self.weight] <= 8 and BITS[self.activation] >= 16:
             # Dequantized to a dense operand before the product.
             return THROUGHPUT[self.activation]
         slower = min(THROUGHPUT[self.weight], THROUGHPUT[self.activation])

@@ -14,6 +14,7 @@ from gpusq_compile.passes import (
     finetune_sparse,
     fold,
     mark,
+    pack,
     permute,
     quantize,
     reconstruct,
@@ -50,6 +51,7 @@ LOWERING: tuple[Pass, ...] = (
     export_onnx.PASS,
     surgery.PASS,
     verify_onnx.PASS,
+    pack.PASS,
     build_engine.PASS,
 )
 

@@ -43,7 +43,8 @@ def run(compilation: Compilation) -> PassResult:
         )
         for gemm in engine.gemms:
             if gemm.status == "missed":
-                text = f"{target}: {gemm.actual} instead of {gemm.expected}: {gemm.reason}"
+                types = f"{gemm.actual} instead of {gemm.expected}: "
+                text = f"{target}: {types if gemm.actual != gemm.expected else ''}{gemm.reason}"
                 result.remarks.append(missed("engine-type", text, gemm.name))
             elif gemm.status == "unknown":
                 text = f"{target}: the builder's log does not tell its type: {gemm.reason}"
@@ -57,6 +58,8 @@ def marked_gemms(plans: list[LayerPlan], precision: str) -> list[MarkedGemm]:
     """What the engine should do with each layer that was changed.
 
     INT4 values are stored and multiplied as INT8: no engine has an INT4 GEMM with INT4 activations.
+    INT4 weights in blocks under float activations reach the GEMM's kernel in 4 bits, and only there
+    become the target's float type.
     """
     gemms = []
     for plan in plans:
@@ -64,7 +67,9 @@ def marked_gemms(plans: list[LayerPlan], precision: str) -> list[MarkedGemm]:
             continue
         integer = plan.applied.weight is not None and plan.applied.activation is not None
         expected = cast(Literal["int8", "fp16", "fp32"], "int8" if integer else precision)
-        gemms.append(MarkedGemm(plan.name, expected, plan.applied.sparsity is not None))
+        blocks = plan.applied.weight == "int4" and plan.quantize and plan.quantize.block
+        weight: Literal["int4"] | None = "int4" if blocks else None
+        gemms.append(MarkedGemm(plan.name, expected, plan.applied.sparsity is not None, weight))
     return gemms
 
 

@@ -28,7 +28,7 @@ from gpusq_compile.graph.query import (
 )
 from gpusq_compile.graph.roles import find_roles, residual_adds
 from gpusq_compile.language.matching import Candidate, Decision, decide
-from gpusq_compile.language.schema import Distill, Quantize, Sparsity
+from gpusq_compile.language.schema import BLOCK_SIZES, Distill, Quantize, Sparsity
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.plan import TAP_PLAN, LayerPlan, TapPlan, Treatment, planned, update_plan
 from gpusq_compile.remarks import Remark, analysis, missed, passed
@@ -239,7 +239,27 @@ def make_plan(offer: Offer, decision: Decision, compute: Sequence[str]) -> Layer
                 f"found {offer.shape[REDUCTION_AXIS]}"
             )
             plan = replace(plan.refuse(reason), sparsity=None)
+    if quantize is not None and (unfit := block_refusal(offer, quantize)) is not None:
+        plan = replace(plan.refuse(unfit), quantize=None)
     return plan
+
+
+def block_refusal(offer: Offer, quantize: Quantize) -> str | None:
+    """Why a weight cannot have one scale for each block of its input channels."""
+    if quantize.block is None:
+        return None
+    if offer.candidate.op != "linear":
+        return (
+            f"blocks of {quantize.block}: TensorRT's kernels with INT4 weights are GEMMs, and none "
+            "is a convolution"
+        )
+    size = offer.shape[REDUCTION_AXIS]
+    if size % quantize.block == 0:
+        return None
+    others = [block for block in BLOCK_SIZES if block != quantize.block]
+    fitting = " or ".join(str(block) for block in others if size % block == 0)
+    advice = f"blocks of {fitting} do" if fitting else f"nor do blocks of {others[0]}"
+    return f"blocks of {quantize.block} do not divide its {size} input channels; {advice}"
 
 
 def settled_output(

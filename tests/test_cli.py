@@ -20,7 +20,8 @@ from tests.command_line import ONE_SHOT, TINY, Run, compile_here, finish, start,
 
 SHORT = ("--rules", "int8", "--steps", "3", "--engine", "none")
 FILES = [
-    *("build_engine.sh", "manifest.json", "model.onnx", "report.json", "weights.safetensors"),
+    *("build_engine.sh", "graph.json", "manifest.json", "model.onnx", "report.json"),
+    "weights.safetensors",
 ]
 
 

@@ -115,6 +115,7 @@ def test_figures_are_per_sample_whatever_the_batch() -> None:
         # The slower of two types decides, and dequantized weights are dense.
         ("int4", "int8", "2:4", 16, 32),
         ("int4", "fp16", "2:4", 32, 8),
+        ("int8", "fp16", "2:4", 64, 8),
     ],
 )
 def test_a_gemm_is_worth_what_the_formula_says(

@@ -15,6 +15,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from gpusq_compile.engine.report import Answer, GemmInEngine, MarkedGemm, Status
+from gpusq_compile.engine.sparsity_statements import (
+    ELIGIBLE,
+    PICKED,
+    SparsityNames,
+    read_statement,
+)
 
 _LAYER = re.compile(
     r"Name: (?P<name>.+?), LayerType: (?P<kind>[^,]+), "
@@ -66,22 +72,6 @@ _GEMM_KINDS = (
 )
 _GEMM_OPS = frozenset({"MatMul", "Gemm", "Conv"})
 _WIDTH = {"int4": 0, "fp4": 0, "int8": 1, "fp8": 1, "fp16": 2, "bf16": 2, "fp32": 4}
-
-_SPARSITY_ELIGIBLE = (
-    re.compile(r"\(Sparsity\) Layers eligible for sparse math:(?P<names>.*)$"),
-    re.compile(
-        r"\(Sparsity\) Found (?P<count>\d+) layer\(s\) eligible to use sparse tactics"
-        r"(?::(?P<names>.*))?$"
-    ),
-)
-_SPARSITY_PICKED = (
-    re.compile(
-        r"\(Sparsity\) TRT inference plan picked sparse implementation for layers:(?P<names>.*)$"
-    ),
-    re.compile(
-        r"\(Sparsity\) Chose (?P<count>\d+) layer\(s\) using sparse tactics(?::(?P<names>.*))?$"
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -137,14 +127,6 @@ class EngineLayer:
 
 
 @dataclass(frozen=True)
-class SparsityNames:
-    """One of the builder's two sparsity statements: how many layers, and which where it says."""
-
-    count: int
-    names: tuple[str, ...] | None
-
-
-@dataclass(frozen=True)
 class BuilderLog:
     """What the end of a builder log says about the engine.
 
@@ -178,8 +160,8 @@ def parse_builder_log(messages: Iterable[str]) -> BuilderLog:
             else:
                 layers[layer.name] = layer
         elif "(Sparsity)" in line:
-            eligible = _sparsity(line, _SPARSITY_ELIGIBLE) or eligible
-            picked = _sparsity(line, _SPARSITY_PICKED) or picked
+            eligible = read_statement(line, ELIGIBLE) or eligible
+            picked = read_statement(line, PICKED) or picked
         elif match := _PARSED_NODE.search(line):
             onnx_ops[match["name"]] = match["op"]
     return BuilderLog(tuple(layers.values()), onnx_ops, eligible, picked, unread)
@@ -239,19 +221,6 @@ def _layer(line: str) -> EngineLayer | None:
     )
 
 
-def _sparsity(line: str, patterns: Sequence[re.Pattern[str]]) -> SparsityNames | None:
-    for pattern in patterns:
-        if match := pattern.search(line):
-            groups = match.groupdict()
-            listed = groups["names"]
-            names = None
-            if listed is not None:
-                names = tuple(n.strip() for n in listed.split(", ") if n.strip())
-            count = groups.get("count")
-            return SparsityNames(int(count) if count is not None else len(names or ()), names)
-    return None
-
-
 def _all_sparse_kernels_named(log: BuilderLog) -> bool:
     """Whether kernel names tell of as many sparse layers as the builder says that it chose."""
     named = sum(layer.has_sparse_kernel() for layer in log.layers)
@@ -298,6 +267,20 @@ def _weight(layer: EngineLayer) -> EngineTensor | None:
     matrices = [c for c in layer.constants if c.is_matrix() and c.dtype != "unknown"]
     fitting = [c for c in matrices if c.dims[weight_axis] in lengths]
     return max(fitting or matrices, key=EngineTensor.size, default=None)
+
+
+def _weight_type(layer: EngineLayer) -> str | None:
+    """The type in which a GEMM layer reads its weight; None where that is no constant of it."""
+    if layer.weight_dtype is not None:
+        return layer.weight_dtype
+    weight = _weight(layer)
+    return weight.dtype if weight is not None else None
+
+
+def _common(types: Iterable[str | None]) -> str | None:
+    """The type that all have; None where they differ."""
+    different = set(types)
+    return different.pop() if len(different) == 1 else None
 
 
 def _operands(layer: EngineLayer) -> tuple[str, ...]:
@@ -366,6 +349,7 @@ def _find(log: BuilderLog, gemm: MarkedGemm) -> GemmInEngine:
         eligible=eligible,
         picked=picked,
         reason=reason,
+        weight=_common(_weight_type(layer) for layer in holders),
     )
 
 
@@ -391,9 +375,38 @@ def _judge(
             "the log does not tell in which type it multiplies"
         )
     if actual == gemm.expected:
-        return "passed", None
+        reason = _weight_missed(log, gemm, holders)
+        return ("passed", None) if reason is None else ("missed", reason)
     layer = holders[list(types).index(actual)]
     return "missed", _why(log, gemm, layer, actual)
+
+
+def _weight_missed(log: BuilderLog, gemm: MarkedGemm, holders: Sequence[EngineLayer]) -> str | None:
+    """Why a weight that should be small until it is multiplied is not; None where it is."""
+    for layer in holders:
+        found = _weight_type(layer)
+        if gemm.weight is None or found == gemm.weight:
+            continue
+        if found is not None:
+            return f"engine layer '{layer.name}' holds its weight as {found}, not as {gemm.weight}"
+        read = {tensor.name for tensor in layer.inputs}
+        for other in log.layers:
+            weight = _weight(other)
+            if weight is None or weight.dtype != gemm.weight:
+                continue
+            if any(tensor.name in read and tensor.dims == weight.dims for tensor in other.outputs):
+                return (
+                    f"engine layer '{other.name}' dequantizes the whole weight ahead of the "
+                    f"product, in a kernel of its own{_scales_of(other, weight)}"
+                )
+        return f"engine layer '{layer.name}' has no constant weight"
+    return None
+
+
+def _scales_of(layer: EngineLayer, weight: EngineTensor) -> str:
+    one = any(constant.dims == (1, weight.dims[-1]) for constant in layer.constants)
+    why = " (its one block is one scale per output channel; smaller blocks stay with the GEMM)"
+    return why if one else ""
 
 
 def _not_found(log: BuilderLog, name: str) -> tuple[Status, str]:

@@ -12,6 +12,7 @@ from gpusq_compile.compute import compute_figures
 from gpusq_compile.engine import GemmInEngine
 from gpusq_compile.errors import GpusqError
 from gpusq_compile.plan import LayerPlan, Treatment, planned
+from gpusq_compile.report.packed import packed_storage
 from gpusq_compile.report.sparse_chain import sparse_chain
 
 SCHEMA_VERSION = 1
@@ -71,6 +72,7 @@ def pass_entry(record: PassRecord) -> dict[str, Any]:
 
 def layer_entry(compilation: Compilation, plan: LayerPlan) -> dict[str, Any]:
     stored = compilation.stored.get(plan.name)
+    packed = compilation.packed.layers.get(plan.name) if compilation.packed else None
     entry = {
         "name": plan.name,
         "role": plan.role,
@@ -82,6 +84,7 @@ def layer_entry(compilation: Compilation, plan: LayerPlan) -> dict[str, Any]:
         "rules": list(plan.rules),
         "mask_ok": stored.mask_ok if stored else None,
         "weight_bytes": stored.weight_bytes if stored else None,
+        "packed_bytes": packed.total if packed else None,
         "engine": engine_entry(compilation, plan.name),
     }
     target = target_entry(compilation)
@@ -135,9 +138,8 @@ def engine_entry(compilation: Compilation, layer: str) -> dict[str, Any]:
 def storage(
     compilation: Compilation, plans: list[LayerPlan], model_file: Path
 ) -> dict[str, Any] | None:
-    """Bytes of the final file, of its compressed GEMM weights with scales, and of FP32 originals.
-
-    None before the file is written.
+    """Bytes of the final file, of its compressed GEMM weights with scales, and of FP32 originals;
+    with those of the packed weights. None before the file is written.
     """
     if not model_file.exists() or not compilation.stored:
         return None
@@ -147,6 +149,10 @@ def storage(
     shapes = compilation.parameter_shapes.values()
     dense = sum(math.prod(shape) * FP32_BYTES for shape in shapes)
     model_bytes = model_file.stat().st_size
+    in_packed = compilation.packed.layers if compilation.packed else {}
+    packed_fp32 = sum(
+        math.prod(plan.shape) * FP32_BYTES for plan in compressed if plan.name in in_packed
+    )
     return {
         "gemm_bytes": gemm_bytes,
         "model_bytes": model_bytes,
@@ -154,6 +160,7 @@ def storage(
         "gemm_dense_fp32_bytes": gemm_fp32,
         "gemm_ratio": gemm_fp32 / gemm_bytes if gemm_bytes else None,
         "model_ratio": dense / model_bytes if model_bytes else None,
+        **packed_storage(compilation.packed, compressed, packed_fp32, dense),
     }
 
 

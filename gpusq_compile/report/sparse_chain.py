@@ -77,7 +77,7 @@ def _sparse_layer(
 
 
 def gemms_of(layers: Sequence[Layer], precision: str) -> list[MarkedGemm]:
-    """What the engine should do with each compressed linear and convolution of a report."""
+    """In which type the engine should multiply each compressed linear and convolution."""
     gemms = []
     for layer in layers:
         applied = layer["applied"]

@@ -269,6 +269,26 @@ def size_lines(report: dict[str, Any]) -> list[str]:
         line += f", {storage['model_ratio']:.2f}x smaller than FP32"
     if storage["gemm_ratio"]:
         line += f"; compressed GEMMs {storage['gemm_ratio']:.2f}x"
+    return [line, *packed_lines(storage)]
+
+
+def packed_lines(storage: dict[str, Any]) -> list[str]:
+    """The packed weights, with the paper's figure for the same kind of layers."""
+    if not storage.get("packed_bytes"):
+        return []
+    line = (
+        f"packed: weights.safetensors {in_bytes(storage['packed_bytes'])}, "
+        f"{storage['packed_model_ratio']:.2f}x smaller than FP32"
+    )
+    if storage["packed_gemm_ratio"]:
+        line += (
+            f"; GEMMs {storage['packed_gemm_ratio']:.2f}x, "
+            f"{storage['packed_gemm_ratio_with_scales']:.2f}x with their scales"
+        )
+    if paper := storage["paper_gemm_ratio"]:
+        printed, derived = paper["printed"], paper["derived"]
+        line += f" (the paper: {printed:g}x"
+        line += f", {derived:g}x by its own bits)" if derived != printed else ")"
     return [line]
 
 
