@@ -21,7 +21,15 @@ from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gpusq_compile import CompileResult, InputError, InternalError, compile_model, load_packed
+from gpusq_compile import (
+    CheckFailed,
+    CompileResult,
+    InputError,
+    InternalError,
+    compile_model,
+    load_packed,
+)
+from gpusq_compile.gates import Gates
 from gpusq_compile.graph.as_json import graph_tensors
 from gpusq_compile.output import digest
 from gpusq_compile.packed_file import write_packed
@@ -49,6 +57,10 @@ PACKED = {
     "sparse fp16": ("float16", "2:4", 36),
     "dense int8": ("int8", None, 8),
     "split int8": ("int8", "2:4", 20),
+}
+BLOCKS = {
+    "sparsity": {"pattern": "2:4"},
+    "quantize": {"weight": "int4", "activation": "none", "block": 64},
 }
 LOOSE = {"min_cosine": -1, "min_top1_agreement": 0, "max_difference": 1e6}
 
@@ -103,6 +115,10 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
             if kind == "mixed":
                 rule = {"id": "all", "match": {"op": ["linear", "conv2d"]}, **KINDS["2:4 int8"]}
                 made[kind] = compiled(seeded(Mixed), folder, rule)
+            elif kind == "blocks":
+                match = {"op": "linear", "in_features": {"multiple_of": 64}}
+                rule = {"id": "wide", "match": match, **BLOCKS}
+                made[kind] = compiled(seeded(TinyViT, Shape(depth=1, dim=128)), folder, rule)
             else:
                 rule = {"id": "all", "match": {"op": "linear"}, **KINDS[kind]}
                 made[kind] = compiled(seeded(TinyViT, Shape(depth=1)), folder, rule)
@@ -127,7 +143,7 @@ def document(folder: Path) -> dict[str, Any]:
 # --- what comes back -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "mixed"])
+@pytest.mark.parametrize("kind", [*KINDS, "mixed", "blocks"])
 def test_every_tensor_of_the_graph_comes_back_exactly(
     kind: str, cases: Callable[[str], Case]
 ) -> None:
@@ -255,7 +271,7 @@ class Replay:
         return getattr(torch, content) if kind == "dtype" else {"float": float}[kind](content)
 
 
-@pytest.mark.parametrize("kind", ["2:4 int8", "portable int4", "split int8", "mixed"])
+@pytest.mark.parametrize("kind", ["2:4 int8", "portable int4", "split int8", "mixed", "blocks"])
 def test_the_two_files_are_the_whole_network(kind: str, cases: Callable[[str], Case]) -> None:
     case = cases(kind)
     batch = images(3, seed=7)
@@ -278,17 +294,18 @@ def test_scales_take_two_bytes_where_that_loses_nothing(cases: Callable[[str], C
     assert packed.stored["last_norm.weight"].dtype == torch.float32
 
 
-def test_scales_of_blocks_of_inputs_come_back(cases: Callable[[str], Case], tmp_path: Path) -> None:
-    graph = cases("pair4:8 int4").result.graph
-    owner = graph.get_submodule("gpusq.weight_scale")
-    before = owner.get_buffer("stem")
-    blocks = torch.rand(32, 4) + 0.1
-    try:
-        owner.register_buffer("stem", blocks)
-        write_packed(graph, tmp_path, model="m", scope=None, parameters={}, half=True)
-    finally:
-        owner.register_buffer("stem", before)
-    assert torch.equal(load_packed(tmp_path).tensors["gpusq.weight_scale.stem"], blocks)
+def test_weights_in_blocks_are_packed_with_all_their_scales(cases: Callable[[str], Case]) -> None:
+    case = cases("blocks")
+    packed = load_packed(case.folder)
+    layers = {layer.name: layer for layer in packed.graph.layers}
+    assert len(layers) == 5
+    down = layers["layers.0.feed.down"]
+    assert (down.packing.values, down.packing.pattern, down.activation) == ("int4", "2:4", None)
+    assert packed.tensors[str(down.tensors.scale)].shape == (128, 256 // 64)
+    expected = case.result.state_dict()
+    for name, value in packed.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    assert case.result.report["storage"]["packed_gemm_ratio"] == pytest.approx(128 / 12)
 
 
 def test_a_split_parameter_is_whole_in_the_state_dict(cases: Callable[[str], Case]) -> None:
@@ -300,6 +317,7 @@ def test_a_split_parameter_is_whole_in_the_state_dict(cases: Callable[[str], Cas
     assert packed.state_dict()[weight].shape == (96, 32)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 30), unique=True))
 def test_ranges_of_rows_are_the_rows_in_their_order(rows: list[int]) -> None:
     ranges = row_ranges(rows)
@@ -337,6 +355,21 @@ def test_a_weight_that_breaks_its_plan_is_an_internal_error(
     assert caught.value.code == "cannot-pack"
     assert caught.value.message.startswith("stem: ")
     assert not (tmp_path / WEIGHTS).exists()
+
+
+def test_a_failed_gate_leaves_neither_file(tmp_path: Path) -> None:
+    with pytest.raises(CheckFailed, match="head: not split"):
+        compile_model(
+            seeded(Mixed),
+            (images(2),),
+            rules=make_rules({"id": "all", "match": {"op": "linear"}, **KINDS["split int8"]}),
+            calibration_data=labelled(2),
+            finetune=False,
+            output=tmp_path,
+            engine="none",
+            gates=Gates(strict=True),
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "report.json"]
 
 
 def test_values_beyond_float16_are_stored_as_its_largest(

@@ -88,6 +88,7 @@ def test_packing_is_a_function_of_the_weight_and_its_metadata_is_legal(
         assert not nibbles[..., groups:].any()
 
 
+@settings(deadline=None)
 @given(st.integers(1, 4), st.integers(1, 9), st.integers(0, 99))
 def test_nibbles_come_back_in_their_order(rows: int, count: int, seed: int) -> None:
     levels = random_weight([rows, count], "int4", seed)
