@@ -122,6 +122,7 @@ def arrangement_energy(values: torch.Tensor, others: torch.Tensor, keep: int) ->
     Args:
         values: [8, pairs, out], energies of the columns that are placed.
         others: [2, units, pairs, out], those of each group's other units.
+        keep: units that a group keeps, not all of them.
     """
     # The most that one, two, ... of the other units keep.
     most = others.sort(dim=1, descending=True).values.cumsum(dim=1)
@@ -141,8 +142,12 @@ def _half_energy(unit: dict[Pair, torch.Tensor], most: torch.Tensor, keep: int) 
     found = []
     extreme: torch.Tensor | None = None
     for index, (one, two) in enumerate(_halves()):
-        if index % 3 == 0:
-            extreme = _both_or_neither(unit[one] + unit[two], most, keep)
+        if index % 3 == 0:  # Both or neither is the same for all three ways.
+            extreme = most[keep - 1] if keep <= len(most) else None
+            if keep >= 2:
+                both = unit[one] + unit[two]
+                both = both + most[keep - 3] if keep > 2 else both
+                extreme = both if extreme is None else torch.maximum(both, extreme)
         best = torch.maximum(unit[one], unit[two])
         if keep > 1:
             best += most[keep - 2]
@@ -150,21 +155,6 @@ def _half_energy(unit: dict[Pair, torch.Tensor], most: torch.Tensor, keep: int) 
             torch.maximum(best, extreme, out=best)
         found.append(best.sum(dim=-1))
     return torch.stack(found)
-
-
-def _both_or_neither(both: torch.Tensor, most: torch.Tensor, keep: int) -> torch.Tensor | None:
-    """The energy where both units of a half stay, or none; None where neither can be.
-
-    It is the same for all three ways to make two units of four columns.
-    """
-    options = []
-    if keep >= 2:
-        options.append(both + most[keep - 3] if keep > 2 else both)
-    if keep <= len(most):
-        options.append(most[keep - 1])
-    if not options:
-        return None
-    return options[0] if len(options) == 1 else torch.maximum(*options)
 
 
 @cache

@@ -23,7 +23,7 @@ from gpusq_compile.sparsity import (
 )
 from tests.models import noise
 
-steady = settings(deadline=None)  # A busy machine is no failure.
+steady = settings(deadline=None, max_examples=60)  # A busy machine is no failure.
 TWO_OF_FOUR = PATTERNS["2:4"]
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 LEGAL: dict[str, tuple[int, set[frozenset[int]]]] = {
