@@ -6,10 +6,11 @@ Needs `verified`. Guarantees `engine` when an engine was asked for and could be 
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import Literal
 
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.engine import BatchRange, MarkedGemm, build_engines
+from gpusq_compile.execution import Precision, execution
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.passes.verify_onnx import MODEL_FILE
 from gpusq_compile.plan import LayerPlan, Treatment, planned
@@ -53,18 +54,16 @@ def run(compilation: Compilation) -> PassResult:
     return result
 
 
-def marked_gemms(plans: list[LayerPlan], precision: str) -> list[MarkedGemm]:
-    """What the engine should do with each layer that was changed.
-
-    INT4 values are stored and multiplied as INT8: no engine has an INT4 GEMM with INT4 activations.
-    """
+def marked_gemms(plans: list[LayerPlan], precision: Precision) -> list[MarkedGemm]:
+    """What the engine should do with each layer that was changed."""
     gemms = []
     for plan in plans:
         if plan.applied == Treatment():
             continue
-        integer = plan.applied.weight is not None and plan.applied.activation is not None
-        expected = cast(Literal["int8", "fp16", "fp32"], "int8" if integer else precision)
-        gemms.append(MarkedGemm(plan.name, expected, plan.applied.sparsity is not None))
+        kind = execution(plan, precision).kind
+        integer = kind in ("sparse int8", "dense int8")
+        expected: Literal["int8", "fp16", "fp32"] = "int8" if integer else precision
+        gemms.append(MarkedGemm(plan.name, expected, kind.startswith("sparse")))
     return gemms
 
 

@@ -16,6 +16,7 @@ import torch.fx
 
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.data import require_calibration_data, require_train_data
+from gpusq_compile.execution import Precision, execution, misses_int4_hardware
 from gpusq_compile.graph.query import (
     input_dependent,
     is_weighted,
@@ -30,7 +31,7 @@ from gpusq_compile.language.matching import Candidate, Decision, decide
 from gpusq_compile.language.schema import Distill, Quantize, Sparsity
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.plan import TAP_PLAN, LayerPlan, TapPlan, Treatment, planned, update_plan
-from gpusq_compile.remarks import analysis, missed, passed
+from gpusq_compile.remarks import Remark, analysis, missed, passed
 from gpusq_compile.second_moments import looks_at_inputs
 from gpusq_compile.sparsity import PATTERNS, REDUCTION_AXIS
 
@@ -74,6 +75,8 @@ def run(compilation: Compilation) -> PassResult:
         text = "the rules change no layer of this model"
         compilation.console.warn(text)
         result.remarks.append(missed("nothing-marked", text))
+    plans = [plan for _, plan in planned(compilation.ir.graph)]
+    result.remarks += pattern_remarks(plans, compilation.rules.target.precision)
     for offer, decision, distill in thin_out(tapped):
         role = offer.roles[0] if offer.roles else offer.candidate.op
         rules = tuple(str(hit) for hit in decision.chain)
@@ -192,12 +195,7 @@ def make_plan(offer: Offer, decision: Decision, compute: Sequence[str]) -> Layer
         shape=offer.shape,
         sparsity=sparsity,
         quantize=quantize,
-        requested=Treatment(
-            sparsity=sparsity.pattern if sparsity else None,
-            weight=_type(quantize.weight) if quantize else None,
-            activation=_type(quantize.activation) if quantize else None,
-            output=_type(quantize.output) if quantize else None,
-        ),
+        requested=treatment(sparsity, quantize),
         rules=tuple(str(hit) for hit in decision.chain),
     )
     if plan.requested == Treatment():
@@ -232,6 +230,34 @@ def settled_output(
 
 def _type(name: str) -> str | None:
     return None if name == "none" else name
+
+
+def pattern_remarks(plans: Sequence[LayerPlan], precision: Precision) -> list[Remark]:
+    """A remark for each layer whose pattern serves less hardware than its types might have.
+
+    What was refused of a request does not count.
+    """
+    remarks = []
+    for plan in plans:
+        if plan.sparsity is None:
+            continue
+        intended = replace(plan, applied=treatment(plan.sparsity, plan.quantize))
+        kind, why = execution(intended, precision)
+        if not kind.startswith("sparse"):
+            text = f"no sparse kernel runs its {plan.sparsity.pattern} mask ({kind}): {why}"
+            remarks.append(analysis("no-sparse-kernel", text, plan.name))
+        elif misses_int4_hardware(intended.applied):
+            remarks.append(analysis("no-sparse-int4", why, plan.name))
+    return remarks
+
+
+def treatment(sparsity: Sparsity | None, quantize: Quantize | None) -> Treatment:
+    return Treatment(
+        sparsity=sparsity.pattern if sparsity else None,
+        weight=_type(quantize.weight) if quantize else None,
+        activation=_type(quantize.activation) if quantize else None,
+        output=_type(quantize.output) if quantize else None,
+    )
 
 
 def thin_out(

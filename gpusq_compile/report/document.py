@@ -9,6 +9,7 @@ from typing import Any
 from gpusq_compile import __version__
 from gpusq_compile.compilation import Compilation, PassRecord
 from gpusq_compile.errors import GpusqError
+from gpusq_compile.execution import execution
 from gpusq_compile.plan import LayerPlan, Treatment, planned
 
 SCHEMA_VERSION = 1
@@ -66,6 +67,7 @@ def pass_entry(record: PassRecord) -> dict[str, Any]:
 
 def layer_entry(compilation: Compilation, plan: LayerPlan) -> dict[str, Any]:
     stored = compilation.stored.get(plan.name)
+    kind, why = execution(plan, compilation.rules.target.precision)
     return {
         "name": plan.name,
         "role": plan.role,
@@ -77,6 +79,7 @@ def layer_entry(compilation: Compilation, plan: LayerPlan) -> dict[str, Any]:
         "rules": list(plan.rules),
         "mask_ok": stored.mask_ok if stored else None,
         "weight_bytes": stored.weight_bytes if stored else None,
+        "execution": {"kind": kind, "why": why},
         "engine": engine_entry(compilation, plan.name),
     }
 
