@@ -36,6 +36,10 @@ PERMUTED: dict[str, Any] = {
 }
 
 
+def permuted_in(pattern: str) -> dict[str, Any]:
+    return {**PERMUTED, "sparsity": {"pattern": pattern, "permute": True}}
+
+
 def energy_kept(weight: Tensor, pattern: Pattern = TWO_OF_FOUR) -> float:
     """By the mask that sparsify makes, not by anything of the search."""
     weight = weight.double()
@@ -81,15 +85,54 @@ def test_v_to_proj_is_permuted_within_each_head(attention: Attention) -> None:
     assert torch.equal(moved_bias[offset:], old_bias[offset:][order])
 
 
+@pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("mlp", ["gelu", "swiglu", "fused_swiglu"])
-def test_the_hidden_axis_of_an_mlp_is_permuted(mlp: Mlp) -> None:
+def test_the_hidden_axis_of_an_mlp_is_permuted(mlp: Mlp, pattern: str) -> None:
     model = seeded(TinyViT, Shape(mlp=mlp, depth=1))
     old = model.layers[0].feed.down.weight.detach().clone()
-    compilation = permuted(model, images(2))
+    compilation = permuted(model, images(2), permuted_in(pattern))
     assert 0 < (compilation.records[-1].change or 0) < 1e-5
-    assert "layers.0.feed.down" in layers(compilation, Kind.PASSED)
+    assert layers(compilation, Kind.PASSED)["layers.0.feed.down"].startswith(f"{pattern} keeps")
     new = compilation.ir.state_dict()["layers.0.feed.down.weight"]
-    assert energy_kept(new) > energy_kept(old) * 1.005
+    assert energy_kept(new, PATTERNS[pattern]) > energy_kept(old, PATTERNS[pattern]) * 1.005
+
+
+@pytest.mark.parametrize("pattern", ["pair4:8", "portable"])
+def test_pairs_stay_within_their_head_and_the_function_stays(pattern: str) -> None:
+    model = seeded(TinyViT, Shape(depth=1))
+    old = model.layers[0].mix.back.weight.detach().clone()
+    compilation = permuted(model, images(2), permuted_in(pattern))
+    assert 0 < (compilation.records[-1].change or 0) < 1e-5
+    new = compilation.ir.state_dict()["layers.0.mix.back.weight"]
+    order = [int((column == old.T).all(dim=1).nonzero()) for column in new.T]
+    assert sorted(order[:16]) == list(range(16))
+    assert energy_kept(new, PATTERNS[pattern]) > energy_kept(old, PATTERNS[pattern]) * 1.005
+
+
+def test_each_layer_gets_an_order_for_its_own_pattern() -> None:
+    model = seeded(TinyViT, Shape(depth=1))
+    rules = [
+        {**permuted_in("pair4:8"), "id": "a", "match": {"name": "**.back"}},
+        {**permuted_in("portable"), "id": "b", "match": {"name": "**.down"}},
+        {**permuted_in("2:4"), "id": "c", "match": {"name": "**.up"}},
+    ]
+    compilation = permuted(model, images(2), *rules)
+    assert (compilation.records[-1].change or 0) < 1e-5
+    done = {layer: reason.split()[0] for layer, reason in layers(compilation, Kind.PASSED).items()}
+    assert done == {"layers.0.mix.back": "pair4:8", "layers.0.feed.down": "portable"}
+
+
+def test_layers_that_share_an_axis_keep_its_order_whatever_their_patterns() -> None:
+    """An order for one pattern might cost the other, so neither is given one."""
+    rules = [
+        {**permuted_in("portable"), "id": "a", "match": {"name": "down"}},
+        {**permuted_in("2:4"), "id": "b", "match": {"name": "small"}},
+    ]
+    compilation = permuted(seeded(ReadTwice), noise(2, 4, 32), *rules)
+    assert compilation.records[-1].changed == 0
+    fixed = layers(compilation, Kind.ANALYSIS)
+    assert fixed["down"].endswith("small reads the same channels")
+    assert fixed["small"].endswith("down reads the same channels")
 
 
 def test_windows_and_several_stages_are_followed() -> None:
@@ -120,8 +163,9 @@ def test_every_other_layer_is_told_why_not_and_names_and_shapes_stay() -> None:
     }
 
 
-def test_the_mask_that_comes_after_keeps_what_the_remark_says() -> None:
-    compilation = permuted(seeded(TinyViT, Shape(depth=1)), images(2))
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_the_mask_that_comes_after_keeps_what_the_remark_says(pattern: str) -> None:
+    compilation = permuted(seeded(TinyViT, Shape(depth=1)), images(2), permuted_in(pattern))
     said = layers(compilation, Kind.PASSED)["layers.0.feed.down"]
     run_until(compilation, "sparsify")
     [kept] = [

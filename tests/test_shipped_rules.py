@@ -29,6 +29,12 @@ INT4 files is 8-bit, in 2:4."""
 COMPILED = [name for name in shipped_rules() if "/" not in name]
 
 
+@pytest.fixture(autouse=True)
+def fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How good the orders are is not the question here."""
+    monkeypatch.setattr("gpusq_compile.permutation.MAX_ROUNDS", 8)
+
+
 def check(compilation: Compilation, name: str, gemms: int) -> None:
     """The planned layers are in the file's pattern, in the stored model too, and verified."""
     run_until(compilation, "verify_onnx")
@@ -58,7 +64,9 @@ def test_each_shipped_file_is_tried() -> None:
 @pytest.mark.parametrize("name", COMPILED)
 def test_a_small_network_compiles_by_each_file(name: str, tmp_path: Path) -> None:
     model = seeded(TinyViT, Shape(depth=1, dim=64))
-    check(begin(model, images(4), name, tmp_path, data=labelled(2)), name, gemms=4)
+    # The logits of random weights lie close together: which is the largest says nothing.
+    rules = {"version": 1, "extends": name, "verify": {"min_top1_agreement": 0.5}}
+    check(begin(model, images(4), rules, tmp_path, data=labelled(2)), name, gemms=4)
 
 
 @pytest.mark.parametrize("name", COMPILED)
@@ -68,6 +76,6 @@ def test_the_example_compiles_by_each_file(name: str, tmp_path: Path) -> None:
     assert spec.loader is not None
     digits = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(digits)
-    data = list(digits.calibration_data())[:4]
+    data = list(digits.calibration_data())[:2]
     compilation = begin(digits.model(), digits.example_inputs(), name, tmp_path, data=data)
     check(compilation, name, gemms=16)
