@@ -13,6 +13,7 @@ from gpusq_compile.compilation import Compilation, PassRecord
 from gpusq_compile.compute import compute_figures
 from gpusq_compile.engine import GemmInEngine
 from gpusq_compile.errors import GpusqError
+from gpusq_compile.execution import execution
 from gpusq_compile.plan import LayerPlan, Treatment, planned
 from gpusq_compile.report.packed import packed_storage
 from gpusq_compile.report.sparse_chain import sparse_chain
@@ -80,6 +81,7 @@ def pass_entry(record: PassRecord) -> dict[str, Any]:
 
 def layer_entry(compilation: Compilation, plan: LayerPlan) -> dict[str, Any]:
     stored = compilation.stored.get(plan.name)
+    kind, why = execution(plan, compilation.rules.target.precision)
     packed = compilation.packed.layers.get(plan.name) if compilation.packed else None
     entry = {
         "name": plan.name,
@@ -93,6 +95,7 @@ def layer_entry(compilation: Compilation, plan: LayerPlan) -> dict[str, Any]:
         "mask_ok": stored.mask_ok if stored else None,
         "weight_bytes": stored.weight_bytes if stored else None,
         "packed_bytes": packed.total if packed else None,
+        "execution": {"kind": kind, "why": why},
         "engine": engine_entry(compilation, plan.name),
     }
     target = target_entry(compilation)
