@@ -25,6 +25,7 @@ from typing import Any, Literal
 import torch
 import torch.fx
 
+from gpusq_compile.graph.attention import unmoved
 from gpusq_compile.graph.query import (
     input_dependent,
     module_path,
@@ -32,6 +33,7 @@ from gpusq_compile.graph.query import (
     weight_source,
 )
 from gpusq_compile.plan import PLAN, LayerPlan, Treatment
+from gpusq_compile.quantization.operators import DEQUANTIZE
 from gpusq_compile.sparsity import PATTERNS
 
 aten = torch.ops.aten
@@ -187,6 +189,8 @@ def _entry(
     kind: Kind = "gemm"
     if node.target not in LINEAR | TRANSPOSED and len(_factors(node) & dependent) != 1:
         kind = "attention"
+        if all(unmoved(factor).target is DEQUANTIZE for factor in _factors(node)):
+            activation = "int8"
     weight = applied.weight or (activation if kind == "attention" else precision)
     return ComputeEntry(name, kind, macs, weight, activation, applied.sparsity)
 

@@ -20,6 +20,7 @@ from gpusq_compile.passes import (
     reconstruct,
     smooth,
     sparsify,
+    split_attention,
     split_outputs,
     surgery,
     tap,
@@ -27,7 +28,7 @@ from gpusq_compile.passes import (
     verify_onnx,
 )
 
-ANALYSIS: tuple[Pass, ...] = (trace.PASS, canonicalize.PASS, mark.PASS)
+ANALYSIS: tuple[Pass, ...] = (trace.PASS, canonicalize.PASS, mark.PASS, split_attention.PASS)
 """What a dry run runs: the graph, and what the rules decide for it."""
 
 COMPRESSION: dict[str, Pass] = {

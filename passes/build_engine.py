@@ -6,14 +6,22 @@ Needs `verified`. Guarantees `engine` when an engine was asked for and could be 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, cast
 
+from gpusq_compile.attention_plan import planned_attentions
 from gpusq_compile.compilation import Compilation
-from gpusq_compile.engine import BatchRange, MarkedGemm, build_engines
+from gpusq_compile.engine import (
+    AttentionInEngine,
+    BatchRange,
+    MarkedAttention,
+    MarkedGemm,
+    build_engines,
+)
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.passes.verify_onnx import MODEL_FILE
 from gpusq_compile.plan import LayerPlan, Treatment, planned
-from gpusq_compile.remarks import analysis, missed, passed
+from gpusq_compile.remarks import Remark, analysis, missed, passed
 
 
 def run(compilation: Compilation) -> PassResult:
@@ -21,6 +29,11 @@ def run(compilation: Compilation) -> PassResult:
     gemms = marked_gemms(
         [plan for _, plan in planned(compilation.ir.graph)], compilation.rules.target.precision
     )
+    attentions = [
+        MarkedAttention(plan.name)
+        for _, plan in planned_attentions(compilation.ir.graph)
+        if plan.applied.activation is not None
+    ]
     with compilation.console.progress("engine (percent)", 100) as advance:
         report = build_engines(
             compilation.workdir / MODEL_FILE,
@@ -28,11 +41,13 @@ def run(compilation: Compilation) -> PassResult:
             backend=compilation.options.engine,
             targets=targets,
             gemms=gemms,
+            attentions=attentions,
             batch=BatchRange(),
             progress=lambda target, phase, done: advance(f"{target}: {phase}", to=100 * done),
         )
     compilation.engine = report
-    result = PassResult(matched=len(gemms), changed=len(report.targets))
+    marked = len(gemms) + len(attentions)
+    result = PassResult(matched=marked, changed=len(report.targets))
     result.remarks += [analysis("engine", text) for text in report.remarks]
     if compilation.options.engine == "none":
         result.remarks.append(analysis("no-engine", "no engine was asked for (--engine none)"))
@@ -41,6 +56,7 @@ def run(compilation: Compilation) -> PassResult:
         result.remarks.append(
             passed("engine-built", f"{target}: {right} of {len(gemms)} GEMMs in the planned type")
         )
+        result.remarks += attention_remarks(target, engine.attentions)
         for gemm in engine.gemms:
             if gemm.status == "missed":
                 types = f"{gemm.actual} instead of {gemm.expected}: "
@@ -50,8 +66,23 @@ def run(compilation: Compilation) -> PassResult:
                 text = f"{target}: the builder's log does not tell its type: {gemm.reason}"
                 result.remarks.append(missed("engine-type-unknown", text, gemm.name))
     if not report.targets:
-        result.skipped = len(gemms)
+        result.skipped = marked
     return result
+
+
+def attention_remarks(target: str, attentions: Sequence[AttentionInEngine]) -> list[Remark]:
+    """How many attentions are fused in INT8, and why the others are not."""
+    if not attentions:
+        return []
+    fused = sum(attention.status == "passed" for attention in attentions)
+    text = f"{target}: {fused} of {len(attentions)} attentions fused in INT8"
+    remarks = [passed("engine-attention", text)]
+    for attention in attentions:
+        if attention.status != "passed":
+            code = {"missed": "engine-type", "unknown": "engine-type-unknown"}[attention.status]
+            text = f"{target}: {attention.actual} instead of {attention.expected}"
+            remarks.append(missed(code, f"{text}: {attention.reason}", attention.name))
+    return remarks
 
 
 def marked_gemms(plans: list[LayerPlan], precision: str) -> list[MarkedGemm]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 import torch.fx
 
+from gpusq_compile.attention_plan import planned_attentions
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.data import some_batches
 from gpusq_compile.errors import InternalError
@@ -51,6 +52,9 @@ def run(compilation: Compilation) -> PassResult:
     for _, plan in planned(graph_module.graph):
         if left := unaccounted(plan):
             raise InternalError("unaccounted", f"{plan.name}: nobody applied {', '.join(left)}")
+    for _, attention in planned_attentions(graph_module.graph):
+        if attention.quantize is not None and attention.applied != attention.requested:
+            raise InternalError("unaccounted", f"{attention.name}: nobody quantized it")
     compilation.expected = record_expected(compilation)
     with torch.no_grad():
         for node, plan in list(planned(graph_module.graph)):

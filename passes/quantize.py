@@ -5,7 +5,8 @@ channel, or one per block of its input channels where the rules say so, from the
 with `rounding: gptq` the stored weights are put onto their grid, where fake quantization leaves
 them as they are. Activations and outputs: symmetric, one scale per tensor, from batches of real
 data. All scales are parameters that the fine-tune learns. Operators that read one tensor in one
-type share its quantizer. Guarantees `quantized`.
+type share its quantizer. Marked attentions get one on each factor of their two products. Guarantees
+`quantized`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from gpusq_compile.language.training import Calibration
 from gpusq_compile.obs import Grid, sweep
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.plan import LayerPlan, planned, update_plan
+from gpusq_compile.quantization.attention import quantize_attentions
 from gpusq_compile.quantization.calibrate import Observer, weight_scale
 from gpusq_compile.quantization.fake_quantize import (
     ACTIVATION_RANGES,
@@ -82,6 +84,7 @@ def run(compilation: Compilation) -> PassResult:
         update_plan(node, plan)
         result.changed += 1
         result.remarks.append(passed("quantized", _describe(plan), plan.name))
+    activations |= quantize_attentions(graph_module, scale_dtype, result)
     finish(graph_module)
     if activations:
         calibrate(compilation, activations, result)
@@ -298,6 +301,6 @@ PASS = Pass(
     name="quantize",
     summary="insert fake-quantizers and calibrate their scales",
     run=run,
-    requires=("sparse",),
+    requires=("sparse", "attention_split"),
     ensures=("quantized",),
 )

@@ -18,6 +18,7 @@ NAMES = [
     "int8",
     "int4",
     "int4-weight-only",
+    "int8-attention",
     "sparse-fp16",
     "paper/mask_rcnn_swin_tiny",
     "paper/detr_r50",

@@ -27,6 +27,31 @@ class MarkedGemm:
 
 
 @dataclass(frozen=True)
+class MarkedAttention:
+    """An attention that the rules marked: its ONNX products are named `NAME/qk` and `NAME/av`."""
+
+    name: str
+    expected: Literal["int8"] = "int8"
+
+
+@dataclass(frozen=True)
+class AttentionInEngine:
+    """What one marked attention became.
+
+    `actual` is the type that its fused kernel multiplies, "unfused" where the builder made separate
+    layers of it, "unknown" where the log does not tell. `layer` names the engine layers that hold
+    its products; `reason` explains every status but "passed".
+    """
+
+    name: str
+    expected: str
+    actual: str
+    status: Status
+    layer: str | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
 class BatchRange:
     """Batch sizes that an engine serves; it is tuned for `opt`."""
 
@@ -67,6 +92,7 @@ class BuiltEngine:
     bytes: int
     seconds: float
     gemms: tuple[GemmInEngine, ...]
+    attentions: tuple[AttentionInEngine, ...] = ()
 
 
 @dataclass(frozen=True)

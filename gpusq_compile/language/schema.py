@@ -92,8 +92,9 @@ class Quantize(Block):
     weight: IntegerType = Field(description="Type of the stored weight.")
     activation: IntegerType = Field(
         default="int8",
-        description="Type of the layer's input. With `none` only the weight is small and the "
-        "layer computes in the target's precision.",
+        description="Type of the layer's input; of an attention, that of queries, keys, values and "
+        "softmax output. With `none` only the weight is small and the layer computes in the "
+        "target's precision.",
     )
     output: Literal["int8", "int4", "none", "auto"] = Field(
         default="none",

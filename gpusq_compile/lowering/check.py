@@ -41,7 +41,9 @@ class StoredLayer:
 _WIDENED = {TensorProto.INT4: np.int8, TensorProto.UINT4: np.uint8}
 
 
-class _Graph:
+class StoredGraph:
+    """A model's nodes by name, by output and by input, and its stored tensors by name."""
+
     def __init__(self, model: onnx.ModelProto) -> None:
         self.initializers = {tensor.name: tensor for tensor in model.graph.initializer}
         self.nodes = {node.name: node for node in model.graph.node}
@@ -74,11 +76,11 @@ class _Graph:
 
 def check_layers(model: onnx.ModelProto, plans: list[LayerPlan]) -> list[StoredLayer]:
     """Check every planned layer of the final model."""
-    graph = _Graph(model)
+    graph = StoredGraph(model)
     return [_check_layer(graph, plan) for plan in plans]
 
 
-def _check_layer(graph: _Graph, plan: LayerPlan) -> StoredLayer:
+def _check_layer(graph: StoredGraph, plan: LayerPlan) -> StoredLayer:
     gemm = graph.nodes.get(plan.name)
     if gemm is None:
         return StoredLayer(plan.name, None, None, 0, ("no node of this name in the file",))
@@ -119,7 +121,7 @@ def _check_layer(graph: _Graph, plan: LayerPlan) -> StoredLayer:
                 faults += _float_input_faults(graph, graph.producers.get(gemm.input[0]))
     if plan.applied.activation is not None:
         grid = ACTIVATION_RANGES[plan.applied.activation]
-        faults += _activation_faults(graph, graph.producers.get(gemm.input[0]), grid, "input")
+        faults += activation_faults(graph, graph.producers.get(gemm.input[0]), grid, "input")
     if plan.applied.output is not None:
         faults += _output_faults(graph, gemm, ACTIVATION_RANGES[plan.applied.output])
     if scale is not None:
@@ -142,7 +144,11 @@ class _Form:
 
 
 def _weight_faults(
-    graph: _Graph, dequantize: onnx.NodeProto, stored: np.ndarray, scale: np.ndarray, wanted: _Form
+    graph: StoredGraph,
+    dequantize: onnx.NodeProto,
+    stored: np.ndarray,
+    scale: np.ndarray,
+    wanted: _Form,
 ) -> list[str]:
     faults = []
     grid, output_axis = wanted.grid, wanted.output_axis
@@ -174,7 +180,7 @@ def _weight_faults(
     return faults + _zero_point_faults(graph, dequantize, "weight")
 
 
-def _float_input_faults(graph: _Graph, dequantize: onnx.NodeProto | None) -> list[str]:
+def _float_input_faults(graph: StoredGraph, dequantize: onnx.NodeProto | None) -> list[str]:
     """Whether an input that should stay float is quantized, other than as a layer's output."""
     if dequantize is None or dequantize.op_type != "DequantizeLinear":
         return []
@@ -188,9 +194,10 @@ def _float_input_faults(graph: _Graph, dequantize: onnx.NodeProto | None) -> lis
     return ["its input is quantized, and only its weight should be"]
 
 
-def _activation_faults(
-    graph: _Graph, dequantize: onnx.NodeProto | None, grid: IntegerRange, side: str
+def activation_faults(
+    graph: StoredGraph, dequantize: onnx.NodeProto | None, grid: IntegerRange, side: str
 ) -> list[str]:
+    """What is wrong with the Q/DQ of one activation, from the node that should dequantize it."""
     if dequantize is None or dequantize.op_type != "DequantizeLinear":
         return [f"its {side} is not quantized"]
     quantize = graph.producers.get(dequantize.input[0])
@@ -212,7 +219,7 @@ def _activation_faults(
 
 
 def _clip_faults(
-    graph: _Graph, quantize: onnx.NodeProto, scale: float, grid: IntegerRange, side: str
+    graph: StoredGraph, quantize: onnx.NodeProto, scale: float, grid: IntegerRange, side: str
 ) -> list[str]:
     """Whether the values are held to the levels of a type narrower than int8."""
     clip = graph.producers.get(quantize.input[0])
@@ -225,7 +232,7 @@ def _clip_faults(
     return []
 
 
-def _level(graph: _Graph, clip: onnx.NodeProto, index: int, scale: float) -> str:
+def _level(graph: StoredGraph, clip: onnx.NodeProto, index: int, scale: float) -> str:
     """The level that a border of a Clip rounds to; `?` where it is no finite constant."""
     border = graph.array(clip.input[index]) if index < len(clip.input) else None
     if border is None or not np.isfinite(border).all():
@@ -233,7 +240,7 @@ def _level(graph: _Graph, clip: onnx.NodeProto, index: int, scale: float) -> str
     return str(round(float(border) / scale))
 
 
-def _output_faults(graph: _Graph, gemm: onnx.NodeProto, grid: IntegerRange) -> list[str]:
+def _output_faults(graph: StoredGraph, gemm: onnx.NodeProto, grid: IntegerRange) -> list[str]:
     users = graph.users.get(gemm.output[0], [])
     if len(users) == 1 and users[0].op_type == "Add":
         users = graph.users.get(users[0].output[0], [])
@@ -245,11 +252,11 @@ def _output_faults(graph: _Graph, gemm: onnx.NodeProto, grid: IntegerRange) -> l
         fault
         for user in users
         for reader in graph.users.get(user.output[0], [])
-        for fault in _activation_faults(graph, reader, grid, "output")
+        for fault in activation_faults(graph, reader, grid, "output")
     ]
 
 
-def _zero_point_faults(graph: _Graph, node: onnx.NodeProto, side: str) -> list[str]:
+def _zero_point_faults(graph: StoredGraph, node: onnx.NodeProto, side: str) -> list[str]:
     if len(node.input) < 3 or not node.input[2]:
         # DequantizeLinear then takes 0 of its input's type; QuantizeLinear would give uint8.
         return [f"its {side} is quantized to uint8"] if node.op_type == "QuantizeLinear" else []

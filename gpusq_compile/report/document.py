@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from gpusq_compile import __version__
+from gpusq_compile.attention_plan import AttentionPlan, planned_attentions
 from gpusq_compile.compilation import Compilation, PassRecord
 from gpusq_compile.compute import compute_figures
 from gpusq_compile.engine import GemmInEngine
@@ -43,6 +45,12 @@ def make_report(
             "device": compilation.options.device,
             "passes": [pass_entry(record) for record in compilation.records],
             "layers": [layer_entry(compilation, plan) for plan in plans],
+            "attentions": [
+                attention_entry(compilation, plan)
+                for _, plan in (
+                    planned_attentions(compilation.ir.graph) if compilation.graph else ()
+                )
+            ],
             "finetune": compilation.finetune,
             "accuracy": {
                 name: compilation.accuracy.get(name)
@@ -96,6 +104,33 @@ def layer_entry(compilation: Compilation, plan: LayerPlan) -> dict[str, Any]:
         targets=target["compute"],
     )
     return entry
+
+
+def attention_entry(compilation: Compilation, plan: AttentionPlan) -> dict[str, Any]:
+    """What was asked of an attention and done to it; its type in each engine by target."""
+    targets = compilation.engine.targets if compilation.engine else {}
+    found = {
+        target: attention
+        for target, engine in targets.items()
+        for attention in engine.attentions
+        if attention.name == plan.name
+    }
+    first = next(iter(found.values()), None)
+    return {
+        "name": plan.name,
+        **asdict(plan.sizes),
+        "biased": plan.biased,
+        "requested": plan.requested.as_dict(),
+        "planned": plan.quantize is not None,
+        "applied": plan.applied.as_dict(),
+        "reasons": list(plan.reasons),
+        "rules": list(plan.rules),
+        "engine": {
+            "type": first.actual if first else "unknown",
+            "reason": first.reason if first else None,
+            "targets": {target: attention.actual for target, attention in found.items()},
+        },
+    }
 
 
 def target_entry(compilation: Compilation) -> dict[str, Any]:

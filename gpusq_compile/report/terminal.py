@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gpusq_compile.console import print_sentence
+from gpusq_compile.report.attention import attention_lines
 from gpusq_compile.report.compute_view import compute_lines
 from gpusq_compile.report.log_view import log_lines
 from gpusq_compile.report.sparse_view import sparse_lines, sparse_table
@@ -32,6 +33,7 @@ def show_report(report: dict[str, Any], console: Console, files: Iterable[str] =
     views = (
         refusals,
         sparse_lines,
+        attention_lines,
         finetune_lines,
         accuracy_lines,
         verify_lines,
@@ -50,7 +52,7 @@ def show_report(report: dict[str, Any], console: Console, files: Iterable[str] =
 def show_plan(report: dict[str, Any], console: Console) -> None:
     """Print what the rules decided, of a report that stops there (`--dry-run`)."""
     console.print(plan_table(report))
-    for text in (*refusals(report), *tap_lines(report)):
+    for text in (*refusals(report), *attention_lines(report), *tap_lines(report)):
         print_sentence(console, escape(text))
     console.print("nothing was written (--dry-run)")
 
