@@ -119,9 +119,9 @@ def test_shipped_int4_is_int8_with_four_bits_but_for_the_ends_and_the_qkv_output
     gemms, qkv, patch = (
         by_id[rule_id].quantize for rule_id in ("gemms", "int8-qkv-output", "int8-patch-embedding")
     )
-    assert gemms == Quantize(weight="int4", activation="int4", smooth=0.5)
+    assert gemms == Quantize(weight="int4", activation="int4", output="auto", smooth=0.5)
     assert qkv == Quantize(weight="int4", activation="int4", output="int8", smooth=0.5)
-    assert patch == Quantize(weight="int8", activation="int8")
+    assert patch == Quantize(weight="int8", activation="int8", output="auto")
     for found, known in (
         (int4.finetune.sparse, int8.finetune.sparse),
         (int4.finetune.quantize, int8.finetune.quantize),
@@ -145,7 +145,7 @@ def test_shipped_int4_a8_has_weights_of_int4_and_activations_and_limits_of_int8(
     rules, int8 = load_rules("int4-a8"), load_rules("int8")
     by_id = {located.rule.id: located.rule for located in rules.rules}
     gemms, qkv = by_id["gemms"].quantize, by_id["int8-qkv-output"].quantize
-    assert gemms == Quantize(weight="int4", activation="int8")
+    assert gemms == Quantize(weight="int4", activation="int8", output="auto")
     assert qkv == Quantize(weight="int4", activation="int8", output="int8")
     assert by_id["gemms"].sparsity == Sparsity(pattern="portable", method="obs", permute=True)
     assert rules.calibration.weight == "mse"
