@@ -1,27 +1,29 @@
 """Search for an order of input channels in which a sparsity pattern keeps more of a weight.
 
-The pattern keeps `keep` of each aligned group of `group` columns, row by row. Which columns share a
+The pattern keeps `keep` units of each aligned group of columns, row by row. Which columns share a
 group is free wherever the columns may be reordered, so the search regroups them: it takes groups
-in random disjoint pairs, tries every way to split a pair's columns into two groups, and keeps the
-best. Channel permutation for N:M sparsity is the idea of Pool and Yu, "Channel Permutations for N:M
-Sparsity" (NeurIPS 2021).
+in random disjoint pairs, tries every way to split a pair's units into two groups, and keeps the
+best. Where a unit is two columns, which columns form one is free too. Channel permutation for N:M
+sparsity is the idea of Pool and Yu, "Channel Permutations for N:M Sparsity" (NeurIPS 2021).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
 
 import torch
 
+from gpusq_compile.column_pairs import CHUNK_BYTES, pair_anew, pair_by_covariance
 from gpusq_compile.sparsity import Pattern
-
-CHUNK_BYTES = 6 * 2**20
-"""Memory for what is computed from the columns of one chunk of pairs; more leaves the caches."""
 
 WORK = 10**8
 """Rows times columns that the search may visit in all; a large layer gets fewer rounds."""
+
+LARGE_ROUND = 4
+"""A round takes so many times as long where groups hold more than two units of two columns."""
 
 MAX_ROUNDS = 300
 PATIENCE = 12
@@ -60,31 +62,41 @@ def best_order(
             columns are one block where None.
 
     Raises:
-        ValueError: the number of columns is no multiple of the group.
+        ValueError: the number of columns is no multiple of the group, or the pattern's units are
+            larger than pairs.
     """
     rows, columns = weight.shape
     if columns % pattern.group:
         raise ValueError(f"{columns} columns are not a multiple of {pattern.group}")
-    energy = weight.detach().float().square().T.contiguous()
+    if pattern.unit > 2:
+        raise ValueError(f"no search for units of {pattern.unit} columns")
+    # By a power of two, so that squares of any weight stay in range and nothing else changes.
+    exponent = math.frexp(float(weight.abs().max()))[1]
+    energy = (weight.detach().double() * 2.0**-exponent).float().square().T.contiguous()
     total = float(energy.sum(dtype=torch.float64)) or 1.0
     identity = torch.arange(columns)
     order = identity.clone()
     labels = group_blocks(blocks, columns, pattern)
-    rounds = min(MAX_ROUNDS, max(8, WORK // (rows * columns)))
+    if pattern.unit == 2:
+        paired = pair_by_covariance(energy, labels, pattern.group)
+        if kept_energy(energy, paired, pattern) > kept_energy(energy, order, pattern):
+            order = paired
+    visits = rows * columns * (LARGE_ROUND if pattern.unit == 2 and pattern.units > 2 else 1)
+    rounds = min(MAX_ROUNDS, max(8, WORK // visits))
     idle = 0
     for _ in range(rounds):
         pairs = random_pairs(labels, generator)
         if not len(pairs):
             break
-        gain = regroup(energy, order, pairs, pattern)
+        gain = improve(energy, order, pairs, pattern, generator)
         idle = 0 if gain > MIN_GAIN * total else idle + 1
         if idle == PATIENCE:
             break
     before = kept_energy(energy, identity, pattern) / total
     after = kept_energy(energy, order, pattern) / total
-    if after <= before:
-        return Order(identity, before, before)
-    return Order(order, before, after)
+    if after > before:
+        return Order(order, before, after)
+    return Order(identity, before, before)
 
 
 def group_blocks(blocks: torch.Tensor | None, columns: int, pattern: Pattern) -> torch.Tensor:
@@ -108,6 +120,26 @@ def random_pairs(labels: torch.Tensor, generator: torch.Generator) -> torch.Tens
     heads = (place % 2 == 0) & (place + 1 < size)
     start = heads.nonzero().flatten()
     return torch.stack([ordered[start], ordered[start + 1]], dim=1)
+
+
+def improve(
+    energy: torch.Tensor,
+    order: torch.Tensor,
+    pairs: torch.Tensor,
+    pattern: Pattern,
+    generator: torch.Generator,
+) -> float:
+    """One round over disjoint pairs of groups, in place in `order`; the energy gained."""
+    if pattern.unit == 1:
+        return regroup(energy, order, pairs, pattern)
+    gain = pair_anew(energy, order, pairs, pattern, generator)
+    if pattern.units > 2:
+        columns = order.reshape(-1, pattern.unit)
+        of_units = energy[columns.to(energy.device)].sum(dim=1)
+        units = torch.arange(len(columns))
+        gain += regroup(of_units, units, pairs, pattern.by_unit())
+        order.copy_(columns[units].flatten())
+    return gain
 
 
 @cache
@@ -192,5 +224,6 @@ def top_sum(values: torch.Tensor, keep: int) -> torch.Tensor:
 
 def kept_energy(energy: torch.Tensor, order: torch.Tensor, pattern: Pattern) -> float:
     """The energy that the pattern keeps with the columns of `energy` [in, out] in this order."""
-    grouped = energy[order.to(energy.device)].reshape(-1, pattern.group, energy.shape[1])
-    return float(grouped.topk(pattern.keep, dim=1).values.sum(dtype=torch.float64))
+    ordered = energy[order.to(energy.device)]
+    units = ordered.reshape(-1, pattern.units, pattern.unit, energy.shape[1]).sum(dim=2)
+    return float(units.topk(pattern.keep, dim=1).values.sum(dtype=torch.float64))

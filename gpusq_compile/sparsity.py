@@ -12,8 +12,9 @@ serves the other's hardware; one aligned pair of each four serves both. Section 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 
 import torch
 from torch import nn
@@ -50,9 +51,9 @@ class Pattern:
 
     def allows(self, other: Pattern) -> bool:
         """Whether every mask of `other` is one of this pattern too."""
-        if other.group % self.group and self.group % other.group:
-            return False
-        return violations(_worst_cases(other, self.group), self) == 0
+        size = math.lcm(self.group, other.group)
+        rows = product(group_masks(other).float(), repeat=size // other.group)
+        return violations(torch.stack([torch.cat(row) for row in rows]), self) == 0
 
 
 PATTERNS = {
@@ -60,12 +61,6 @@ PATTERNS = {
     "pair4:8": Pattern(keep=2, group=8, unit=2),
     "portable": Pattern(keep=1, group=4, unit=2),
 }
-
-
-def _worst_cases(pattern: Pattern, size: int) -> torch.Tensor:
-    """Every fullest mask of `pattern`, as float rows [masks, columns] of whole groups of `size`."""
-    masks = group_masks(pattern).float()
-    return masks.repeat(1, max(1, size // pattern.group))
 
 
 def group_masks(pattern: Pattern) -> torch.Tensor:
@@ -121,9 +116,14 @@ def wanda_mask(weight: torch.Tensor, mean_squares: torch.Tensor, pattern: Patter
 
 def _highest(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:
     groups = _grouped(scores, pattern)
-    units = groups.reshape(*groups.shape[:-1], pattern.units, pattern.unit)
-    # The order of single magnitudes is that of their squares, which might underflow.
-    energy = units.squeeze(-1) if pattern.unit == 1 else units.double().square().sum(dim=-1)
+    energy = groups
+    if pattern.unit > 1:  # The order of single magnitudes is that of their squares.
+        groups = groups.double()
+        # Each group by a power of two, so that the squares of any weight stay in range.
+        largest = groups.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(groups.dtype).tiny)
+        groups = groups * (torch.frexp(largest).mantissa / largest)
+        units = groups.reshape(*groups.shape[:-1], pattern.units, pattern.unit)
+        energy = units.square().sum(dim=-1)
     order = energy.argsort(dim=-1, descending=True, stable=True)
     mask = torch.zeros_like(energy, dtype=torch.bool)
     mask.scatter_(-1, order[..., : pattern.keep], True)

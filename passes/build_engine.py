@@ -7,7 +7,7 @@ Needs `verified`. Guarantees `engine` when an engine was asked for and could be 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, cast
+from typing import Literal
 
 from gpusq_compile.attention_plan import planned_attentions
 from gpusq_compile.compilation import Compilation
@@ -18,6 +18,7 @@ from gpusq_compile.engine import (
     MarkedGemm,
     build_engines,
 )
+from gpusq_compile.execution import Precision, execution
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.passes.verify_onnx import MODEL_FILE
 from gpusq_compile.plan import LayerPlan, Treatment, planned
@@ -85,10 +86,9 @@ def attention_remarks(target: str, attentions: Sequence[AttentionInEngine]) -> l
     return remarks
 
 
-def marked_gemms(plans: list[LayerPlan], precision: str) -> list[MarkedGemm]:
+def marked_gemms(plans: list[LayerPlan], precision: Precision) -> list[MarkedGemm]:
     """What the engine should do with each layer that was changed.
 
-    INT4 values are stored and multiplied as INT8: no engine has an INT4 GEMM with INT4 activations.
     INT4 weights in blocks under float activations reach the GEMM's kernel in 4 bits, and only there
     become the target's float type.
     """
@@ -96,11 +96,11 @@ def marked_gemms(plans: list[LayerPlan], precision: str) -> list[MarkedGemm]:
     for plan in plans:
         if plan.applied == Treatment():
             continue
-        integer = plan.applied.weight is not None and plan.applied.activation is not None
-        expected = cast(Literal["int8", "fp16", "fp32"], "int8" if integer else precision)
-        blocks = plan.applied.weight == "int4" and plan.quantize and plan.quantize.block
-        weight: Literal["int4"] | None = "int4" if blocks else None
-        gemms.append(MarkedGemm(plan.name, expected, plan.applied.sparsity is not None, weight))
+        kind = execution(plan, precision).kind
+        integer = kind in ("sparse int8", "dense int8")
+        expected: Literal["int8", "fp16", "fp32"] = "int8" if integer else precision
+        weight: Literal["int4"] | None = "int4" if kind == "weight-only int4" else None
+        gemms.append(MarkedGemm(plan.name, expected, kind.startswith("sparse"), weight))
     return gemms
 
 

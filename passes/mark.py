@@ -18,6 +18,7 @@ import torch.fx
 from gpusq_compile.attention_plan import ATTENTION_PLAN, plan_attention, planned_attentions
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.data import require_calibration_data, require_train_data
+from gpusq_compile.execution import Precision, execution, misses_int4_hardware, takes_sparse_kernels
 from gpusq_compile.graph.attention import Attention, find_attentions
 from gpusq_compile.graph.query import (
     WEIGHTED_OPS,
@@ -81,6 +82,8 @@ def run(compilation: Compilation) -> PassResult:
         text = "the rules change no layer of this model"
         compilation.console.warn(text)
         result.remarks.append(missed("nothing-marked", text))
+    plans = [plan for _, plan in planned(compilation.ir.graph)]
+    result.remarks += pattern_remarks(plans, compilation.rules.target.precision)
     for offer, decision, distill in thin_out(tapped):
         role = offer.roles[0] if offer.roles else offer.candidate.op
         rules = tuple(str(hit) for hit in decision.chain)
@@ -265,12 +268,7 @@ def make_plan(offer: Offer, decision: Decision, compute: Sequence[str]) -> Layer
         shape=offer.shape,
         sparsity=sparsity,
         quantize=quantize,
-        requested=Treatment(
-            sparsity=sparsity.pattern if sparsity else None,
-            weight=_type(quantize.weight) if quantize else None,
-            activation=_type(quantize.activation) if quantize else None,
-            output=_type(quantize.output) if quantize else None,
-        ),
+        requested=treatment(sparsity, quantize),
         rules=tuple(str(hit) for hit in decision.chain),
     )
     if plan.requested == Treatment():
@@ -319,12 +317,41 @@ def settled_output(
     if quantize is None or quantize.output != "auto":
         return quantize
     integer = "none" not in (quantize.weight, quantize.activation)
-    needed = integer and sparsity is not None and set(compute) != {"sm90"}
+    sparse = integer and sparsity is not None and takes_sparse_kernels(sparsity.pattern)
+    needed = sparse and set(compute) != {"sm90"}
     return quantize.model_copy(update={"output": "int8" if needed else "none"})
 
 
 def _type(name: str) -> str | None:
     return None if name == "none" else name
+
+
+def pattern_remarks(plans: Sequence[LayerPlan], precision: Precision) -> list[Remark]:
+    """A remark for each layer whose pattern serves less hardware than its types might have.
+
+    What was refused of a request does not count.
+    """
+    remarks = []
+    for plan in plans:
+        if plan.sparsity is None:
+            continue
+        intended = replace(plan, applied=treatment(plan.sparsity, plan.quantize))
+        kind, why = execution(intended, precision)
+        if not kind.startswith("sparse"):
+            text = f"no sparse kernel runs its {plan.sparsity.pattern} mask ({kind}): {why}"
+            remarks.append(analysis("no-sparse-kernel", text, plan.name))
+        elif misses_int4_hardware(intended.applied):
+            remarks.append(analysis("no-sparse-int4", why, plan.name))
+    return remarks
+
+
+def treatment(sparsity: Sparsity | None, quantize: Quantize | None) -> Treatment:
+    return Treatment(
+        sparsity=sparsity.pattern if sparsity else None,
+        weight=_type(quantize.weight) if quantize else None,
+        activation=_type(quantize.activation) if quantize else None,
+        output=_type(quantize.output) if quantize else None,
+    )
 
 
 def thin_out(

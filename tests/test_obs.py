@@ -29,6 +29,8 @@ from tests.models import Convolution, noise, seeded
 
 steady = settings(deadline=None)  # A busy machine is no failure.
 TWO_OF_FOUR = PATTERNS["2:4"]
+patterns = st.sampled_from(list(PATTERNS.values()))
+every_pattern = pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 INT8 = IntegerRange("int8", -127, 127)
 COARSE = IntegerRange("three bits", -3, 3)
 DAMPING = 0.01
@@ -49,7 +51,7 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
     Some inputs are dead, some weights are zero or alike, and there may be fewer rows than columns.
     """
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-    out, columns = draw(st.integers(1, 5)), 4 * draw(st.integers(1, 9))
+    out, columns = draw(st.integers(1, 5)), 8 * draw(st.integers(1, 5))
     weight = torch.randn(out, columns, generator=generator)
     if draw(st.booleans()):
         weight = weight.round()
@@ -68,21 +70,23 @@ def grid_of(weight: Tensor, levels: IntegerRange = INT8) -> Grid:
 
 
 @steady
-@given(problems(), st.sampled_from([1e-12, 0.01, 1.0]))
+@given(problems(), patterns, st.sampled_from([1e-12, 0.01, 1.0]))
 def test_a_swept_weight_is_legal_finite_and_zero_where_masked(
-    problem: tuple[Tensor, Tensor], damping: float
+    problem: tuple[Tensor, Tensor], pattern: Pattern, damping: float
 ) -> None:
     weight, moments = problem
-    found, mask = sweep(weight, moments, damping, pattern=TWO_OF_FOUR)
+    found, mask = sweep(weight, moments, damping, pattern=pattern)
     assert (found.dtype, found.shape) == (weight.dtype, weight.shape)
-    assert mask.reshape(len(weight), -1, 4).sum(dim=2).eq(2).all()
-    assert violations(found, TWO_OF_FOUR) == 0
+    units = mask.reshape(len(weight), -1, pattern.units, pattern.unit)
+    assert torch.equal(units.all(dim=-1), units.any(dim=-1))
+    assert units.all(dim=-1).sum(dim=2).eq(pattern.keep).all()
+    assert violations(found, pattern) == 0
     assert torch.equal(found * mask, found)
     assert found.isfinite().all()
 
 
 @steady
-@given(problems(), st.sampled_from([INT8, COARSE]), st.sampled_from(["pattern", "mask", "dense"]))
+@given(problems(), st.sampled_from([INT8, COARSE]), st.sampled_from([*PATTERNS, "mask", "dense"]))
 def test_kept_weights_are_exactly_on_the_grid_and_masked_ones_exactly_zero(
     problem: tuple[Tensor, Tensor], levels: IntegerRange, how: str
 ) -> None:
@@ -92,7 +96,7 @@ def test_kept_weights_are_exactly_on_the_grid_and_masked_ones_exactly_zero(
     grid = Grid(quantizer.exported_scale().detach(), levels)
     given_mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.6
     choices: dict[str, dict[str, Any]] = {
-        "pattern": {"pattern": TWO_OF_FOUR},
+        **{name: {"pattern": pattern} for name, pattern in PATTERNS.items()},
         "mask": {"mask": given_mask},
         "dense": {},
     }
@@ -104,25 +108,35 @@ def test_kept_weights_are_exactly_on_the_grid_and_masked_ones_exactly_zero(
         assert torch.equal(mask, given_mask)
     if how == "dense":
         assert mask.all()
+    if how in PATTERNS:
+        assert violations(mask, PATTERNS[how]) == 0
 
 
 @steady
-@given(problems(), st.floats(1e-6, 1e6))
-def test_inputs_without_correlation_give_the_magnitude_mask_and_move_nothing(
-    problem: tuple[Tensor, Tensor], size: float
+@given(problems(), patterns, st.floats(1e-6, 1e6))
+def test_inputs_without_correlation_keep_the_energy_of_magnitude_and_move_nothing(
+    problem: tuple[Tensor, Tensor], pattern: Pattern, size: float
 ) -> None:
     weight, _ = problem
     moments = size * torch.eye(weight.shape[1])
-    found, mask = sweep(weight, moments, DAMPING, pattern=TWO_OF_FOUR)
-    assert torch.equal(mask, magnitude_mask(weight, TWO_OF_FOUR))
+    found, mask = sweep(weight, moments, DAMPING, pattern=pattern)
     assert torch.equal(found, weight * mask)
+    by_magnitude = magnitude_mask(weight, pattern)
+    if pattern.unit == 1:
+        assert torch.equal(mask, by_magnitude)
+    # Of units of equal energy the sum over several columns may round either way.
+    energies = [
+        (weight.double() * kept).square().reshape(len(weight), -1, pattern.group).sum(dim=2)
+        for kept in (mask, by_magnitude)
+    ]
+    torch.testing.assert_close(*energies, rtol=1e-9, atol=0)
     grid = grid_of(weight)
     rounded, _ = sweep(weight, moments, DAMPING, mask=mask, grid=grid)
     assert torch.equal(rounded, grid.nearest(weight) * mask)
 
 
 @pytest.mark.parametrize("seed", range(12))
-@pytest.mark.parametrize("pattern", [TWO_OF_FOUR, Pattern(keep=1, group=3)])
+@pytest.mark.parametrize("pattern", [*PATTERNS.values(), Pattern(keep=1, group=3)])
 def test_the_first_group_gets_the_mask_of_least_error_that_compensation_can_reach(
     pattern: Pattern, seed: int
 ) -> None:
@@ -133,7 +147,8 @@ def test_the_first_group_gets_the_mask_of_least_error_that_compensation_can_reac
     _, mask = sweep(weight, rows.T @ rows, 1e-9, pattern=pattern)
     for row, chosen in zip(weight, mask, strict=True):
         errors = {}
-        for kept in combinations(range(pattern.group), pattern.keep):
+        for units in combinations(range(0, pattern.group, pattern.unit), pattern.keep):
+            kept = tuple(start + i for start in units for i in range(pattern.unit))
             free = [*kept, *range(pattern.group, columns)]
             solution = torch.linalg.lstsq(rows[:, free], (rows @ row).unsqueeze(1)).solution
             errors[kept] = float((rows[:, free] @ solution.squeeze(1) - rows @ row).norm())
@@ -141,42 +156,45 @@ def test_the_first_group_gets_the_mask_of_least_error_that_compensation_can_reac
         assert tuple(chosen[: pattern.group].nonzero().flatten().tolist()) == best
 
 
-def test_the_last_group_is_settled_by_the_best_refit_of_its_kept_weights() -> None:
+@every_pattern
+def test_the_last_group_is_settled_by_the_best_refit_of_its_kept_weights(pattern: Pattern) -> None:
     """With one group alone the sweep is exact: no legal weight has less error."""
-    weight, rows = noise(5, 4).double(), correlated(100, 4, 1).double()
-    found, mask = sweep(weight, rows.T @ rows, 1e-12, pattern=TWO_OF_FOUR)
+    weight, rows = noise(5, pattern.group).double(), correlated(100, pattern.group, 1).double()
+    found, mask = sweep(weight, rows.T @ rows, 1e-12, pattern=pattern)
     for old, new, kept in zip(weight, found, mask, strict=True):
         best = torch.linalg.lstsq(rows[:, kept], (rows @ old).unsqueeze(1)).solution
         torch.testing.assert_close(new[kept], best.squeeze(1))
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("columns", [24, BLOCK + 20])
+@every_pattern
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("columns", [24, BLOCK + 24])
 def test_correlated_inputs_make_the_sweep_better_than_masking_and_rounding(
-    columns: int, seed: int
+    columns: int, seed: int, pattern: Pattern
 ) -> None:
     """On other rows than those that it was fitted to; across blocks of columns too."""
     weight = noise(16, columns, seed=seed)
     rows = correlated(20 * columns, columns, seed)
     shown, held_out = (second_moments([part]) for part in rows.chunk(2))
-    magnitude = weight * magnitude_mask(weight, TWO_OF_FOUR)
-    pruned, mask = sweep(weight, shown, DAMPING, pattern=TWO_OF_FOUR)
+    magnitude = weight * magnitude_mask(weight, pattern)
+    pruned, mask = sweep(weight, shown, DAMPING, pattern=pattern)
     plain = output_error(weight, magnitude, held_out)
     assert output_error(weight, pruned, held_out) < 0.7 * plain
     grid = grid_of(pruned, COARSE)
     rounded, _ = sweep(pruned, shown, DAMPING, mask=mask, grid=grid)
     nearest = output_error(pruned, grid.nearest(pruned), held_out)
     assert output_error(pruned, rounded, held_out) < nearest
-    joint, _ = sweep(weight, shown, DAMPING, pattern=TWO_OF_FOUR, grid=grid)
+    joint, _ = sweep(weight, shown, DAMPING, pattern=pattern, grid=grid)
     plain = output_error(weight, grid.nearest(magnitude), held_out)
     assert output_error(weight, joint, held_out) < 0.8 * plain
 
 
-def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@every_pattern
+def test_blocks_change_nothing(pattern: Pattern, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, moments = noise(4, 64).double(), second_moments([correlated(99, 64, 2)])
-    whole, mask = sweep(weight, moments, DAMPING, pattern=TWO_OF_FOUR)
+    whole, mask = sweep(weight, moments, DAMPING, pattern=pattern)
     monkeypatch.setattr("gpusq_compile.obs.BLOCK", 10)
-    blocked, same = sweep(weight, moments, DAMPING, pattern=TWO_OF_FOUR)
+    blocked, same = sweep(weight, moments, DAMPING, pattern=pattern)
     assert torch.equal(mask, same)
     torch.testing.assert_close(blocked, whole)
 
@@ -187,9 +205,18 @@ def test_a_dead_input_is_pruned_first_and_disturbs_nobody() -> None:
     weight = torch.ones(6, 8)
     _, mask = sweep(weight, second_moments([rows]), DAMPING, pattern=TWO_OF_FOUR)
     assert not mask[:, [0, 5]].any()
-    weight = noise(6, 8)
-    found, mask = sweep(weight, torch.zeros(8, 8), DAMPING, pattern=TWO_OF_FOUR)
-    assert torch.equal(found, weight * magnitude_mask(weight, TWO_OF_FOUR))
+    for pattern in PATTERNS.values():
+        weight = noise(6, 8)
+        found, mask = sweep(weight, torch.zeros(8, 8), DAMPING, pattern=pattern)
+        assert torch.equal(found, weight * magnitude_mask(weight, pattern))
+
+
+@pytest.mark.parametrize("name", ["pair4:8", "portable"])
+def test_a_pair_of_dead_inputs_is_pruned_first(name: str) -> None:
+    rows = noise(50, 8)
+    rows[:, [2, 3, 4, 5]] = 0
+    _, mask = sweep(torch.ones(6, 8), second_moments([rows]), DAMPING, pattern=PATTERNS[name])
+    assert mask.tolist() == [[True] * 2 + [False] * 4 + [True] * 2] * 6
 
 
 def test_moments_that_are_not_quite_definite_are_damped_until_they_are() -> None:
@@ -212,8 +239,9 @@ def test_the_factor_is_that_of_the_damped_inverse(problem: tuple[Tensor, Tensor]
 
 def test_what_cannot_be_swept_is_refused() -> None:
     weight, moments = torch.ones(2, 6), torch.eye(6)
-    with pytest.raises(ValueError, match="6 columns are not a multiple of 4"):
-        sweep(weight, moments, DAMPING, pattern=TWO_OF_FOUR)
+    for pattern in PATTERNS.values():
+        with pytest.raises(ValueError, match=f"6 columns are not a multiple of {pattern.group}"):
+            sweep(weight, moments, DAMPING, pattern=pattern)
     with pytest.raises(ValueError, match="either chosen or given"):
         sweep(weight, moments, DAMPING, pattern=TWO_OF_FOUR, mask=torch.ones(2, 6).bool())
     with pytest.raises(ValueError, match="not finite"):
@@ -245,8 +273,9 @@ def test_a_convolution_is_its_rows_times_its_matrix(arguments: dict[str, Any]) -
     torch.testing.assert_close(product.permute(0, 3, 1, 2), expected)
     assert torch.equal(as_weight(as_matrix(weight), weight.shape), weight)
     # The pattern's groups along the input channels are runs of columns.
-    mask = magnitude_mask(weight, TWO_OF_FOUR)
-    assert torch.equal(as_matrix(mask), magnitude_mask(as_matrix(weight), TWO_OF_FOUR))
+    for pattern in PATTERNS.values():
+        mask = magnitude_mask(weight, pattern)
+        assert torch.equal(as_matrix(mask), magnitude_mask(as_matrix(weight), pattern))
 
 
 def convolution(arguments: dict[str, Any]) -> tuple[Any, Any, Any]:

@@ -47,6 +47,12 @@ def plan(**applied: str | None) -> LayerPlan:
         ({"weight": "int8"}, "fp16", False),
         ({"activation": "int8"}, "fp16", False),
         ({"sparsity": "2:4"}, "fp16", True),
+        ({"weight": "int4", "activation": "int4", "sparsity": "portable"}, "int8", True),
+        ({"sparsity": "portable"}, "fp16", True),
+        # No kernel of TensorRT takes pairs out of eight.
+        ({"weight": "int4", "activation": "int4", "sparsity": "pair4:8"}, "int8", False),
+        ({"sparsity": "pair4:8"}, "fp16", False),
+        ({"weight": "int8", "sparsity": "2:4"}, "fp16", False),
     ],
 )
 def test_a_layer_is_expected_in_the_type_its_plan_leads_to(

@@ -183,6 +183,8 @@ def test_a_layer_that_cannot_be_compressed_is_left_whole_with_the_reason(name: s
         (["sm90"], SPARSE, "int8", None),
         (["sm80"], "none", "int8", None),
         (["sm80"], SPARSE, "none", None),
+        (["sm80"], {"pattern": "portable"}, "int8", "int8"),
+        (["sm80"], {"pattern": "pair4:8"}, "int8", None),
     ],
 )
 def test_an_automatic_output_is_int8_where_sparse_kernels_of_the_target_write_nothing_else(
@@ -207,6 +209,71 @@ def test_a_reduction_axis_that_has_no_groups_of_four_is_quantized_dense() -> Non
     assert plan.reasons == ("2:4 needs a reduction axis that is a multiple of 4, found 30",)
     assert plan.sparsity is None
     assert plan.quantize is not None
+
+
+@pytest.mark.parametrize(("pattern", "group"), [("2:4", 4), ("pair4:8", 8), ("portable", 4)])
+def test_channels_are_never_padded_to_fit_a_pattern(pattern: str, group: int) -> None:
+    """Neither a linear's nor a convolution's: half a group too many refuses the pattern."""
+    rule = {**EVERYTHING, "sparsity": {"pattern": pattern}}
+    size = 24 + group // 2
+    reason = f"{pattern} needs a reduction axis that is a multiple of {group}, found {size}"
+    for model, inputs, layer in (
+        (seeded(Perceptron, (size, 64, 32)), noise(2, size), "first"),
+        (seeded(Convolution, size, 8, 3), noise(2, size, 8, 8), "conv"),
+    ):
+        compilation = marked(model, inputs, rule)
+        plan = plan_of(compilation, layer)
+        assert plan.reasons == (reason,)
+        assert plan.sparsity is None
+        assert plan.quantize is not None
+        assert [r.reason for r in remarks_of(compilation, "mark", Kind.MISSED)] == [reason]
+    fits = plan_of(marked(seeded(Perceptron, (24, 64, 32)), noise(2, 24), rule), "first")
+    assert fits.reasons == ()
+
+
+FOUR = {"weight": "int4", "activation": "int4"}
+NO_KERNEL = [
+    ("pair4:8", INT8, "fp16", "no-sparse-kernel", "dense int8"),
+    ("pair4:8", FOUR, "fp16", "no-sparse-kernel", "dense int8"),
+    ("pair4:8", None, "fp16", "no-sparse-kernel", "dense fp16"),
+    ("2:4", None, "fp32", "no-sparse-kernel", "dense fp32"),
+    ("2:4", {**INT8, "activation": "none"}, "fp16", "no-sparse-kernel", "weight-only int8"),
+    ("2:4", FOUR, "fp16", "no-sparse-int4", "sparse INT4 tensor cores take pairs, not 2:4"),
+]
+
+
+@pytest.mark.parametrize(("pattern", "quantize", "precision", "code", "text"), NO_KERNEL)
+def test_a_pattern_that_the_target_cannot_use_is_remarked(
+    pattern: str, quantize: dict[str, str] | None, precision: str, code: str, text: str
+) -> None:
+    rule = {"id": "a", "match": {"name": "first"}, "sparsity": {"pattern": pattern}}
+    if quantize is not None:
+        rule["quantize"] = quantize
+    compilation = marked(seeded(Perceptron), noise(2, 32), rule, precision=precision)
+    [remark] = remarks_of(compilation, "mark", Kind.ANALYSIS)
+    assert (remark.code, remark.layer) == (code, "first")
+    assert text in remark.reason
+    assert plan_of(compilation, "first").sparsity is not None
+
+
+@pytest.mark.parametrize(
+    ("pattern", "quantize"),
+    [("2:4", INT8), ("2:4", None), ("portable", FOUR), ("portable", INT8), ("portable", None)],
+)
+def test_a_pattern_that_the_target_uses_is_not_remarked(
+    pattern: str, quantize: dict[str, str] | None
+) -> None:
+    rule = {"id": "a", "match": {"name": "first"}, "sparsity": {"pattern": pattern}}
+    if quantize is not None:
+        rule["quantize"] = quantize
+    compilation = marked(seeded(Perceptron), noise(2, 32), rule, precision="fp16")
+    assert remarks_of(compilation, "mark", Kind.ANALYSIS) == []
+
+
+def test_a_refused_pattern_is_not_remarked_again() -> None:
+    rule = {**EVERYTHING, "match": {"name": "first"}, "sparsity": {"pattern": "pair4:8"}}
+    compilation = marked(seeded(Perceptron, (36, 64, 32)), noise(2, 36), rule)
+    assert remarks_of(compilation, "mark", Kind.ANALYSIS) == []
 
 
 def test_a_refused_layer_can_still_be_compiled_around() -> None:

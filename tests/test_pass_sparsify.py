@@ -68,12 +68,23 @@ def test_the_mask_is_the_magnitude_mask_of_the_dense_weight_and_the_weight_stays
     assert torch.equal(tensor_attribute(compilation.ir, "first.weight"), weight)
 
 
-def test_a_convolution_is_masked_along_its_input_channels() -> None:
-    compilation = sparsified(seeded(Convolution, 8, 4, 3), noise(2, 8, 6, 6))
-    mask = mask_of(compilation, "conv")
-    assert mask.shape == (4, 8, 3, 3)
-    assert violations(mask.float(), PATTERNS["2:4"]) == 0
-    assert mask.sum() == mask.numel() // 2
+@pytest.mark.parametrize("how", ["magnitude", "wanda", "obs"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_linears_and_convolutions_are_masked_along_their_input_channels(
+    pattern: str, how: str
+) -> None:
+    rule = {**RULE, "sparsity": {"pattern": pattern, "method": how}}
+    convolution = sparsified(seeded(Convolution, 8, 4, 3), noise(6, 8, 6, 6), rule)
+    linear = sparsified(seeded(Perceptron), correlated(64, 32), rule)
+    layers = {"conv": (convolution, (4, 8, 3, 3)), "first": (linear, (64, 32))}
+    for layer, (compilation, shape) in layers.items():
+        mask = mask_of(compilation, layer)
+        assert mask.shape == shape
+        assert violations(mask, PATTERNS[pattern]) == 0
+        assert mask.sum() == mask.numel() // 2
+        assert plan_of(compilation, layer).applied.sparsity == pattern
+        [told] = [r.reason for r in remarks_of(compilation, "sparsify") if r.layer == layer]
+        assert told.startswith(f"{pattern} keeps ")
 
 
 def test_a_patch_embedding_is_masked_along_all_of_its_patch() -> None:
