@@ -147,7 +147,7 @@ def test_the_report_says_what_became_of_each_layer(result: CompileResult, output
 def test_the_report_covers_the_whole_run(result: CompileResult) -> None:
     report = result.report
     assert [step["name"] for step in report["passes"]] == [
-        "trace", "canonicalize", "mark",
+        "trace", "canonicalize", "mark", "split_attention",
         "permute", "tap", "sparsify", "finetune_sparse",
         "smooth", "quantize", "reconstruct", "finetune_quantized",
         "fold", "split_outputs", "export_onnx", "surgery", "verify_onnx", "pack", "build_engine",

@@ -187,12 +187,12 @@ def test_a_law_is_checked_after_every_pass(compilation: Compilation) -> None:
     [
         (("mark",), ["03-mark.txt"]),
         # Marking writes plans and changes no operator.
-        (("changed",), ["01-trace.txt", "02-canonicalize.txt", "06-sparsify.txt"]),
+        (("changed",), ["01-trace.txt", "02-canonicalize.txt", "07-sparsify.txt"]),
         (
             ("all",),
             [
                 *("01-trace.txt", "02-canonicalize.txt", "03-mark.txt"),
-                *("04-permute.txt", "05-tap.txt", "06-sparsify.txt"),
+                *("04-split_attention.txt", "05-permute.txt", "06-tap.txt", "07-sparsify.txt"),
             ],
         ),
         ((), []),

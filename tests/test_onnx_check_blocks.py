@@ -139,4 +139,4 @@ def test_the_quantized_output_of_the_layer_before_is_no_quantized_input(tmp_path
     second = {"id": "b", "match": {"name": "two"}, "quantize": BLOCKS}
     compilation = begin(seeded(Chain), noise(4, 8, 64), make_rules(first, second), tmp_path)
     run_until(compilation, "verify_onnx")
-    assert compilation.verify["structure"] == {"layers": 2, "faults": []}
+    assert compilation.verify["structure"] == {"layers": 2, "attentions": 0, "faults": []}

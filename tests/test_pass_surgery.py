@@ -162,4 +162,4 @@ def test_a_gemm_keeps_its_weight_as_n_by_k(tmp_path: Path) -> None:
     assert constants_of(compilation)["layer.weight"].shape == (64, 32)
     [axis] = [a.i for a in nodes["layer/weight_dq"].attribute if a.name == "axis"]
     assert axis == 0
-    assert compilation.verify["structure"] == {"layers": 1, "faults": []}
+    assert compilation.verify["structure"] == {"layers": 1, "attentions": 0, "faults": []}

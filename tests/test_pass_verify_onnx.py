@@ -60,7 +60,7 @@ def test_a_model_as_compiled_is_verified_and_the_numbers_are_told(ready: Compila
     run_until(ready, "verify_onnx")
     assert (ready.workdir / "model.onnx").is_file()
     assert ready.verify["ok"] is True
-    assert ready.verify["structure"] == {"layers": 5, "faults": []}
+    assert ready.verify["structure"] == {"layers": 5, "attentions": 0, "faults": []}
     numerics = ready.verify["numerics"]
     assert numerics["samples"] == 16
     assert 0.999 < numerics["min_cosine"] <= 1.000001

@@ -1,11 +1,12 @@
 """Which attentions TensorRT computes as one fused INT8 kernel.
 
-Found by building engines with TensorRT for RTX 1.7 for portable targets: with Q/DQ on queries,
-keys, values and the softmax output the builder made one INT8 layer (`_gemm_mha_v2`) of each
-attention with these sizes, and separate products with an FP16 matrix of scores between them of
-every other. A scale before or after the first product, biases and masks, constant or computed,
-and the number of axes in front made no difference, nor did float32 around it. What reads the output
-must quantize it: with a float output none was fused.
+Found by building engines with TensorRT for RTX 1.7, portable and for sm80, sm86, sm89 and sm120:
+with Q/DQ on queries, keys, values and the softmax output the builder made one INT8 layer
+(`_gemm_mha_v2`) of each attention with these sizes, and separate products with an FP16 matrix of
+scores between them of every other. A scale before or after the first product, biases and masks,
+constant or computed, and the number of axes in front made no difference, nor did float32 around it.
+What reads the output must quantize it: with a float output none was fused. A single head was fused
+behind three linears and not behind a fused QKV, so it is left out.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def unfused(sizes: AttentionSizes) -> str | None:
             f"not {head_dim} and {sizes.value_dim}"
         )
     if sizes.heads == 1:
-        return "TensorRT does not fuse INT8 attention of a single head"
+        return "TensorRT fuses INT8 attention of a single head in some graphs and not in others"
     if keys > MAX_KEYS:
         return f"TensorRT fuses INT8 attention over {MAX_KEYS} keys at most, not over {keys}"
     if queries == 1:
