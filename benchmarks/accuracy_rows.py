@@ -31,7 +31,8 @@ ABLATION = {
 class Row:
     """One row of the table. `maker` is dense, control, compile or peer.
 
-    Of a compiled row `rules` is a file in `rules/`, and `finetune` what is laid over it.
+    Of a compiled row `rules` is a file in `rules/` or a shipped name, and `finetune` what is laid
+    over it.
     """
 
     title: str
@@ -45,12 +46,17 @@ def _rows() -> dict[str, Row]:
     rows = {
         "dense": Row("dense", "dense"),
         "control": Row("dense, same fine-tune (control)", "control"),
-        "int8": Row("INT8 2:4", "compile", "int8-full"),
-        "int4": Row("INT4 2:4", "compile", "int4-full"),
+        "int8": Row("INT8 2:4", "compile", "int8"),
+        "int4": Row("INT4, portable", "compile", "int4"),
         "peer-int8": Row("nvidia-modelopt, INT8 2:4", "peer"),
         "peer-int4": Row("nvidia-modelopt, W4A4 2:4", "peer"),
-        "int8-unlabelled": Row("INT8 2:4, without labels", "compile", "int8-full", labelled=False),
-        "int4-unlabelled": Row("INT4 2:4, without labels", "compile", "int4-full", labelled=False),
+        "int8-unlabelled": Row("INT8 2:4, without labels", "compile", "int8", labelled=False),
+        "int4-unlabelled": Row("INT4, without labels", "compile", "int4", labelled=False),
+        "int8-float-output": Row("INT8 2:4, float outputs", "compile", "int8-float-output"),
+        "int4-2to4": Row("INT4 2:4, float outputs", "compile", "int4-2to4"),
+        "int4-pairwise": Row("INT4, pair-wise 4:8", "compile", "int4-pairwise"),
+        "int4-a8": Row("W4A8, portable", "compile", "int4-a8"),
+        "int4-weight-only": Row("W4A16, dense", "compile", "int4-weight-only"),
     }
     one_shot = {
         "magnitude": "magnitude",
@@ -63,15 +69,15 @@ def _rows() -> dict[str, Row]:
     for name, what in one_shot.items():
         title = f"INT8 2:4, one-shot: {what}"
         rows[f"one-shot-{name}"] = Row(title, "compile", f"one-shot-{name}")
-    for bits in ("int8", "int4"):
+    for bits, base in (("int8", "int8-float-output"), ("int4", "int4-2to4")):
         for name, ((alpha, beta, gamma), shares) in ABLATION.items():
             finetune = {
                 "loss": {"alpha": alpha, "beta": beta, "gamma": gamma},
                 "tap_weights": "prune_loss" if shares else "uniform",
             }
             weighted = "" if shares else ", W_j off"
-            title = f"{bits.upper()}, alpha {alpha}, beta {beta}, gamma {gamma}{weighted}"
-            rows[f"{bits}-{name}"] = Row(title, "compile", f"{bits}-full", finetune=finetune)
+            title = f"{bits.upper()} 2:4, alpha {alpha}, beta {beta}, gamma {gamma}{weighted}"
+            rows[f"{bits}-{name}"] = Row(title, "compile", base, finetune=finetune)
     return rows
 
 
@@ -83,7 +89,8 @@ def resolved_rules(job: recipe.Job) -> dict[str, Any]:
     from gpusq_compile.language.loader import load_rules
 
     row = ROWS[job.row]
-    base = load_rules(RULES / f"{row.rules}.yaml").as_dict()
+    own = RULES / f"{row.rules}.yaml"
+    base = load_rules(own if own.is_file() else row.rules).as_dict()
     finetune = {**base["finetune"], **row.finetune}
     for phase, lr in zip(("sparse", "quantize"), job.rates, strict=True):
         if finetune[phase] != "none":

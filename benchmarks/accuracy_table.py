@@ -14,6 +14,9 @@ import accuracy_recipe as recipe
 from accuracy_recipe import Job
 from accuracy_rows import ABLATION, ROWS
 
+# Rules with the peer's numbers of bits for weights and activations.
+SAME_BITS_AS_PEER = ("int8", "int8-float-output", "int4", "int4-2to4", "int4-pairwise")
+
 Results = Mapping[Job, dict[str, Any]]
 
 
@@ -141,10 +144,13 @@ def rivals(row: str) -> list[str]:
     """The rows that a row is tested against: the control, its peer, its ablation's first row."""
     found = ["control"]
     bits = row.partition("-")[0]
-    if row.startswith(("int8", "int4")):
-        ablated = row.endswith(tuple(ABLATION))
-        found.append(bits if ablated or row.endswith("unlabelled") else f"peer-{bits}")
-    return found
+    if bits not in ("int8", "int4"):
+        return found
+    if row.endswith(tuple(ABLATION)):
+        return [*found, ROWS[row].rules]
+    if ROWS[row].rules in SAME_BITS_AS_PEER:
+        found.append(f"peer-{bits}")
+    return [*found, bits]
 
 
 def check_batches(results: Results) -> None:
@@ -184,10 +190,11 @@ def markdown(document: dict[str, Any]) -> str:
                 continue
             text += ["", f"| {teacher}, {bits.upper()} ablation | top-1 % | against row 1 | p |"]
             text += ["| --- | ---: | ---: | ---: |"]
-            first = rows[bits]["seeds"]
+            base = ROWS[ablated[0]].rules
+            first = rows[base]["seeds"]
             shown = {seed: first[seed] for seed in rows[ablated[0]]["seeds"] if seed in first}
             text += [f"| alpha 1, beta 10, gamma 5 | {_mean(list(shown.values()))} | | |"]
-            text += [_line(rows[name], bits) for name in ablated]
+            text += [_line(rows[name], base) for name in ablated]
     return "\n".join(text) + "\n"
 
 

@@ -1,7 +1,8 @@
 """gpusq-compile: a declarative graph-rewriting compiler for vision transformers.
 
 `compile_model` takes a trained model and a rules file to a verified 2:4-sparse, quantized ONNX
-graph and a TensorRT engine; the command line `gpusq-compile` is a thin layer over it.
+graph and a TensorRT engine; the command line `gpusq-compile` is a thin layer over it. `load_packed`
+reads the packed weights back.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from gpusq_compile.errors import CheckFailed, GpusqError, InputError, InternalEr
 
 if TYPE_CHECKING:
     from gpusq_compile.api import CompileResult, compile_model
+    from gpusq_compile.packed_model import PackedModel, load_packed
 
 __version__ = "0.1.0"
 
@@ -21,8 +23,10 @@ __all__ = [
     "GpusqError",
     "InputError",
     "InternalError",
+    "PackedModel",
     "__version__",
     "compile_model",
+    "load_packed",
 ]
 
 
@@ -32,4 +36,8 @@ def __getattr__(name: str) -> Any:
         from gpusq_compile import api
 
         return getattr(api, name)
+    if name in ("PackedModel", "load_packed"):
+        from gpusq_compile import packed_model
+
+        return getattr(packed_model, name)
     raise AttributeError(f"module 'gpusq_compile' has no attribute '{name}'")

@@ -27,11 +27,9 @@ from gpusq_compile.engine import BatchRange, build_script
 from gpusq_compile.engine.backends import choose_backend
 from gpusq_compile.errors import CheckFailed, GpusqError, InputError
 from gpusq_compile.finetune.checkpoint import FOLDER as CHECKPOINTS
-from gpusq_compile.finetune.checkpoint import save_tensors
 from gpusq_compile.finetune.loop import LOSS_NOT_FINITE
 from gpusq_compile.finetune.resume import open_checkpoints
 from gpusq_compile.gates import Gates, check_gates
-from gpusq_compile.graph.query import tensor_attribute
 from gpusq_compile.language.loader import Rules, load_rules
 from gpusq_compile.load_model import load_source
 from gpusq_compile.model_source import (
@@ -44,18 +42,17 @@ from gpusq_compile.model_source import (
 from gpusq_compile.network import Network
 from gpusq_compile.options import Options, check_options, engine_choice
 from gpusq_compile.output import REPORT, publish, staging, versions, write_json
+from gpusq_compile.packed_graph import GRAPH, WEIGHTS
 from gpusq_compile.passes import ANALYSIS, LOWERING, PIPELINE, ordered
 from gpusq_compile.passes.verify_onnx import MODEL_FILE
 from gpusq_compile.plan import planned
 from gpusq_compile.processes import joined
-from gpusq_compile.quantization.fake_quantize import broadcastable
-from gpusq_compile.quantization.operators import DEQUANTIZE
 from gpusq_compile.randomness import seed_everything
 from gpusq_compile.report.document import make_report
 from gpusq_compile.reproducer import internal_error
+from gpusq_compile.user_state import user_state_dict
 
 SCRIPT = "build_engine.sh"
-WEIGHTS = "weights.safetensors"
 
 
 @dataclass
@@ -75,22 +72,7 @@ class CompileResult:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Float32 weights under the user's own names and shapes, pruned and rounded as deployed."""
-        scales = {
-            str(node.args[0].target): str(node.args[1].target)
-            for node in self.graph.graph.nodes
-            if node.target is DEQUANTIZE and node.args[0].op == "get_attr"
-        }
-        state = {}
-        for name, shape in self.parameter_shapes.items():
-            try:
-                value = tensor_attribute(self.graph, name).detach()
-            except AttributeError:
-                continue  # The graph does not read this parameter.
-            if value.dtype == torch.int8:
-                scale = tensor_attribute(self.graph, scales[name])
-                value = value.float() * broadcastable(scale, value)
-            state[name] = value.reshape(shape)
-        return state
+        return user_state_dict(self.graph, self.parameter_shapes)
 
 
 def compile_model(
@@ -279,12 +261,11 @@ def _write(
 ) -> list[Path]:
     """Write the report and publish the folder; of a failed run the report alone."""
     if failed:
-        for name in (MODEL_FILE, SCRIPT, WEIGHTS):
+        for name in (MODEL_FILE, SCRIPT, WEIGHTS, GRAPH):
             (stage / name).unlink(missing_ok=True)
         shutil.rmtree(stage / "engine", ignore_errors=True)
     else:
         write_script(compilation, stage / SCRIPT)
-        write_weights(compilation.ir, stage / WEIGHTS)
     write_json(stage / REPORT, report)
     about = {
         "tool": {"name": "gpusq-compile", "version": __version__},
@@ -294,14 +275,6 @@ def _write(
         "rules": compilation.rules.as_dict(),
     }
     return publish(stage, output, about)
-
-
-def write_weights(graph_module: torch.fx.GraphModule, path: Path) -> None:
-    """`weights.safetensors`: every tensor of the folded graph by its name there.
-
-    Weights are int8 where they were quantized, with their scales under `gpusq.weight_scale.*`.
-    """
-    save_tensors(graph_module.state_dict(), path)
 
 
 def write_script(compilation: Compilation, path: Path) -> None:

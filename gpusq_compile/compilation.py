@@ -21,6 +21,7 @@ from gpusq_compile.lowering.runtime import Expected
 from gpusq_compile.model_source import ModelSource
 from gpusq_compile.network import Network
 from gpusq_compile.options import Options
+from gpusq_compile.packed_file import PackedBytes
 from gpusq_compile.processes import Processes
 from gpusq_compile.remarks import Remark
 
@@ -81,6 +82,7 @@ class Compilation:
     accuracy: dict[str, float | None] = field(default_factory=dict)
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     verify: dict[str, Any] = field(default_factory=dict)
+    packed: PackedBytes | None = None
     engine: EngineReport | None = None
 
     @property

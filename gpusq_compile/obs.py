@@ -14,6 +14,7 @@ the group included (SparseGPT judges each weight by itself, and does not move th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,10 +28,19 @@ BLOCK = 128
 
 @dataclass(frozen=True)
 class Grid:
-    """The values that a weight may take: integers of `levels` times `scale` [out], float."""
+    """The values that a weight may take: integers of `levels` times `scale`, float.
+
+    `scale` is [out], or [out, blocks] for equal blocks of columns.
+    """
 
     scale: torch.Tensor
     levels: IntegerRange
+
+    def of_column(self, index: int, columns: int) -> Grid:
+        """The grid of one column of a weight that has `columns`."""
+        if self.scale.ndim == 1:
+            return self
+        return Grid(self.scale[:, index * self.scale.shape[1] // columns], self.levels)
 
     def nearest(self, values: torch.Tensor) -> torch.Tensor:
         """`values` [out, ...] rounded half to even, as fake quantization rounds."""
@@ -91,7 +101,8 @@ def sweep(
                 settled, found[:, start:end] = choices.best(values, start // group)
             if grid is not None:
                 upper = factor[start:end, start:end]
-                settled = _round(settled, found[:, start:end], upper, grid)
+                grids = [grid.of_column(index, columns) for index in range(start, end)]
+                settled = _round(settled, found[:, start:end], upper, grids)
             error = (values - settled) @ solvers[start // group]
             left[:, start:end] = settled
             left[:, end:last] -= error @ factor[start:end, end:last]
@@ -174,11 +185,11 @@ class _Choices:
 
 
 def _round(
-    values: torch.Tensor, mask: torch.Tensor, factor: torch.Tensor, grid: Grid
+    values: torch.Tensor, mask: torch.Tensor, factor: torch.Tensor, grids: Sequence[Grid]
 ) -> torch.Tensor:
     """Round the kept columns of one group, each error spread over the group's later ones."""
     left = values.clone()
-    for index in range(left.shape[1]):
+    for index, grid in enumerate(grids):
         exact = left[:, index]
         rounded = grid.nearest(exact) * mask[:, index]
         error = (exact - rounded) / factor[index, index]

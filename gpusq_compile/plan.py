@@ -36,12 +36,22 @@ class Treatment:
 
 
 @dataclass(frozen=True)
+class Part:
+    """The `rows` of a split layer's whole `weight` and `bias` (paths) that one operator has."""
+
+    rows: tuple[int, ...]
+    weight: str
+    bias: str | None
+
+
+@dataclass(frozen=True)
 class LayerPlan:
     """The plan of one weighted operator (a linear or a convolution).
 
     `weight` is the parameter's dotted path in the graph module, `shape` the weight's shape:
     [out, in] for a linear, [out, in / groups, kh, kw] for a convolution. The reduction axis of
-    both is axis 1 and the output-channel axis is axis 0.
+    both is axis 1 and the output-channel axis is axis 0. `part` is set where the operator is one of
+    those that a layer was split into.
     """
 
     name: str
@@ -55,6 +65,7 @@ class LayerPlan:
     applied: Treatment = Treatment()
     reasons: tuple[str, ...] = ()
     rules: tuple[str, ...] = ()
+    part: Part | None = None
 
     @property
     def role(self) -> str | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.fx
 
+from gpusq_compile.attention_plan import planned_attentions
 from gpusq_compile.errors import InternalError
 from gpusq_compile.finetune.taps import Tap
 from gpusq_compile.graph.query import weight_source
@@ -62,7 +63,9 @@ def plans_name_their_weight(graph_module: torch.fx.GraphModule) -> list[str]:
 
 
 def layer_names_are_unique(graph_module: torch.fx.GraphModule) -> list[str]:
-    names = [plan.name for _, plan in planned(graph_module.graph)]
+    graph = graph_module.graph
+    names = [plan.name for _, plan in planned(graph)]
+    names += [plan.name for _, plan in planned_attentions(graph)]
     return [f"two layers are named {name}" for name in sorted(set(names)) if names.count(name) > 1]
 
 

@@ -14,18 +14,21 @@ from gpusq_compile.passes import (
     finetune_sparse,
     fold,
     mark,
+    pack,
     permute,
     quantize,
     reconstruct,
     smooth,
     sparsify,
+    split_attention,
+    split_outputs,
     surgery,
     tap,
     trace,
     verify_onnx,
 )
 
-ANALYSIS: tuple[Pass, ...] = (trace.PASS, canonicalize.PASS, mark.PASS)
+ANALYSIS: tuple[Pass, ...] = (trace.PASS, canonicalize.PASS, mark.PASS, split_attention.PASS)
 """What a dry run runs: the graph, and what the rules decide for it."""
 
 COMPRESSION: dict[str, Pass] = {
@@ -45,9 +48,11 @@ COMPRESSION: dict[str, Pass] = {
 
 LOWERING: tuple[Pass, ...] = (
     fold.PASS,
+    split_outputs.PASS,
     export_onnx.PASS,
     surgery.PASS,
     verify_onnx.PASS,
+    pack.PASS,
     build_engine.PASS,
 )
 

@@ -6,15 +6,23 @@ Needs `verified`. Guarantees `engine` when an engine was asked for and could be 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
+from gpusq_compile.attention_plan import planned_attentions
 from gpusq_compile.compilation import Compilation
-from gpusq_compile.engine import BatchRange, MarkedGemm, build_engines
+from gpusq_compile.engine import (
+    AttentionInEngine,
+    BatchRange,
+    MarkedAttention,
+    MarkedGemm,
+    build_engines,
+)
 from gpusq_compile.execution import Precision, execution
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.passes.verify_onnx import MODEL_FILE
 from gpusq_compile.plan import LayerPlan, Treatment, planned
-from gpusq_compile.remarks import analysis, missed, passed
+from gpusq_compile.remarks import Remark, analysis, missed, passed
 
 
 def run(compilation: Compilation) -> PassResult:
@@ -22,6 +30,11 @@ def run(compilation: Compilation) -> PassResult:
     gemms = marked_gemms(
         [plan for _, plan in planned(compilation.ir.graph)], compilation.rules.target.precision
     )
+    attentions = [
+        MarkedAttention(plan.name)
+        for _, plan in planned_attentions(compilation.ir.graph)
+        if plan.applied.activation is not None
+    ]
     with compilation.console.progress("engine (percent)", 100) as advance:
         report = build_engines(
             compilation.workdir / MODEL_FILE,
@@ -29,11 +42,13 @@ def run(compilation: Compilation) -> PassResult:
             backend=compilation.options.engine,
             targets=targets,
             gemms=gemms,
+            attentions=attentions,
             batch=BatchRange(),
             progress=lambda target, phase, done: advance(f"{target}: {phase}", to=100 * done),
         )
     compilation.engine = report
-    result = PassResult(matched=len(gemms), changed=len(report.targets))
+    marked = len(gemms) + len(attentions)
+    result = PassResult(matched=marked, changed=len(report.targets))
     result.remarks += [analysis("engine", text) for text in report.remarks]
     if compilation.options.engine == "none":
         result.remarks.append(analysis("no-engine", "no engine was asked for (--engine none)"))
@@ -42,20 +57,41 @@ def run(compilation: Compilation) -> PassResult:
         result.remarks.append(
             passed("engine-built", f"{target}: {right} of {len(gemms)} GEMMs in the planned type")
         )
+        result.remarks += attention_remarks(target, engine.attentions)
         for gemm in engine.gemms:
             if gemm.status == "missed":
-                text = f"{target}: {gemm.actual} instead of {gemm.expected}: {gemm.reason}"
+                types = f"{gemm.actual} instead of {gemm.expected}: "
+                text = f"{target}: {types if gemm.actual != gemm.expected else ''}{gemm.reason}"
                 result.remarks.append(missed("engine-type", text, gemm.name))
             elif gemm.status == "unknown":
                 text = f"{target}: the builder's log does not tell its type: {gemm.reason}"
                 result.remarks.append(missed("engine-type-unknown", text, gemm.name))
     if not report.targets:
-        result.skipped = len(gemms)
+        result.skipped = marked
     return result
 
 
+def attention_remarks(target: str, attentions: Sequence[AttentionInEngine]) -> list[Remark]:
+    """How many attentions are fused in INT8, and why the others are not."""
+    if not attentions:
+        return []
+    fused = sum(attention.status == "passed" for attention in attentions)
+    text = f"{target}: {fused} of {len(attentions)} attentions fused in INT8"
+    remarks = [passed("engine-attention", text)]
+    for attention in attentions:
+        if attention.status != "passed":
+            code = {"missed": "engine-type", "unknown": "engine-type-unknown"}[attention.status]
+            text = f"{target}: {attention.actual} instead of {attention.expected}"
+            remarks.append(missed(code, f"{text}: {attention.reason}", attention.name))
+    return remarks
+
+
 def marked_gemms(plans: list[LayerPlan], precision: Precision) -> list[MarkedGemm]:
-    """What the engine should do with each layer that was changed."""
+    """What the engine should do with each layer that was changed.
+
+    INT4 weights in blocks under float activations reach the GEMM's kernel in 4 bits, and only there
+    become the target's float type.
+    """
     gemms = []
     for plan in plans:
         if plan.applied == Treatment():
@@ -63,7 +99,8 @@ def marked_gemms(plans: list[LayerPlan], precision: Precision) -> list[MarkedGem
         kind = execution(plan, precision).kind
         integer = kind in ("sparse int8", "dense int8")
         expected: Literal["int8", "fp16", "fp32"] = "int8" if integer else precision
-        gemms.append(MarkedGemm(plan.name, expected, kind.startswith("sparse")))
+        weight: Literal["int4"] | None = "int4" if kind == "weight-only int4" else None
+        gemms.append(MarkedGemm(plan.name, expected, kind.startswith("sparse"), weight))
     return gemms
 
 

@@ -1,8 +1,9 @@
 """export_onnx: the folded graph -> an ONNX model, opset 21, standard domains only.
 
-Needs `folded`. Lifts the graph into an `ExportedProgram` by hand, so that nothing is traced a
-second time, and gives it to `torch.onnx.export` with one translation for each of the two integer
-operators. A graph with an operator that the exporter cannot translate whole is decomposed first.
+Needs `folded` and `split`. Lifts the graph into an `ExportedProgram` by hand, so that nothing is
+traced a second time, and gives it to `torch.onnx.export` with one translation for each of the two
+integer operators. A graph with an operator that the exporter cannot translate whole is decomposed
+first.
 Guarantees `onnx`: float32 around int8 weights, dynamic batch.
 """
 
@@ -37,6 +38,6 @@ PASS = Pass(
     name="export_onnx",
     summary="lower the graph to ONNX opset 21 with int8 weights",
     run=run,
-    requires=("folded",),
+    requires=("folded", "split"),
     ensures=("onnx",),
 )

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 import torch.fx
 
+from gpusq_compile.attention_plan import planned_attentions
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.data import some_batches
 from gpusq_compile.errors import InternalError
@@ -22,10 +23,10 @@ from gpusq_compile.graph.edit import (
     NAMESPACE,
     bypass,
     finish,
-    has_submodule,
     insert_call,
     insert_get_attr,
     set_tensor,
+    store_buffer,
 )
 from gpusq_compile.graph.query import module_calls
 from gpusq_compile.lowering.runtime import Expected, record
@@ -51,6 +52,9 @@ def run(compilation: Compilation) -> PassResult:
     for _, plan in planned(graph_module.graph):
         if left := unaccounted(plan):
             raise InternalError("unaccounted", f"{plan.name}: nobody applied {', '.join(left)}")
+    for _, attention in planned_attentions(graph_module.graph):
+        if attention.quantize is not None and attention.applied != attention.requested:
+            raise InternalError("unaccounted", f"{attention.name}: nobody quantized it")
     compilation.expected = record_expected(compilation)
     with torch.no_grad():
         for node, plan in list(planned(graph_module.graph)):
@@ -103,7 +107,7 @@ def fold_weight(graph_module: torch.fx.GraphModule, node: torch.fx.Node, plan: L
         scale = quantizer.exported_scale().detach()
         levels = quantize_values(values, scale, quantizer.grid)
         set_tensor(graph_module, plan.weight, levels, trainable=False)
-        add_scale(graph_module, path, scale)
+        store_buffer(graph_module, path, scale)
         with graph.inserting_before(node):
             stored = insert_get_attr(graph_module, plan.weight, provenance=source)
             scales = insert_get_attr(graph_module, path, provenance=source)
@@ -120,7 +124,7 @@ def fold_activation(
     graph = graph_module.graph
     path = scale_path(node)
     step = module.exported_scale().detach()
-    add_scale(graph_module, path, step)
+    store_buffer(graph_module, path, step)
     source = node.args[0]
     with graph.inserting_before(node):
         if module.grid != ACTIVATION_RANGES["int8"]:
@@ -139,14 +143,6 @@ def scale_path(quantizer: torch.fx.Node) -> str:
     """Where the folded graph keeps a fake-quantizer's scale: `gpusq.weight_scale.LAYER`, ..."""
     kind, _, layer = str(quantizer.target).removeprefix(NAMESPACE + ".").partition(".")
     return f"{NAMESPACE}.{kind}_scale.{layer}"
-
-
-def add_scale(graph_module: torch.fx.GraphModule, path: str, scale: torch.Tensor) -> None:
-    """Store a scale apart from the user's own parameters."""
-    owner, _, leaf = path.rpartition(".")
-    if not has_submodule(graph_module, owner):
-        graph_module.add_submodule(owner, torch.nn.Module())
-    graph_module.get_submodule(owner).register_buffer(leaf, scale)
 
 
 PASS = Pass(

@@ -1,8 +1,9 @@
 """mark: decide by the rules what happens to each operator, and write it into the graph.
 
-Needs `graph` and `canonical`. Finds roles, offers every linear, convolution, normalization and
-residual add to the rules, and checks whether the shapes allow what they ask. Changes no operator:
-it writes a `LayerPlan` on weighted operators and a `TapPlan` on nodes to distill at.
+Needs `graph` and `canonical`. Finds roles, offers every linear, convolution, normalization,
+residual add and attention to the rules, and checks whether the shapes allow what they ask. Changes
+no operator: it writes a `LayerPlan` on weighted operators, an `AttentionPlan` on attentions and a
+`TapPlan` on nodes to distill at.
 Guarantees `marked`: every later pass reads plans and never the rules.
 """
 
@@ -14,10 +15,18 @@ from dataclasses import dataclass, replace
 import torch
 import torch.fx
 
+from gpusq_compile.attention_plan import ATTENTION_PLAN, plan_attention, planned_attentions
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.data import require_calibration_data, require_train_data
-from gpusq_compile.execution import Precision, execution, misses_int4_hardware
+from gpusq_compile.execution import (
+    Precision,
+    execution,
+    misses_int4_hardware,
+    takes_sparse_kernels,
+)
+from gpusq_compile.graph.attention import Attention, find_attentions
 from gpusq_compile.graph.query import (
+    WEIGHTED_OPS,
     input_dependent,
     is_weighted,
     module_class,
@@ -28,7 +37,7 @@ from gpusq_compile.graph.query import (
 )
 from gpusq_compile.graph.roles import find_roles, residual_adds
 from gpusq_compile.language.matching import Candidate, Decision, decide
-from gpusq_compile.language.schema import Distill, Quantize, Sparsity
+from gpusq_compile.language.schema import BLOCK_SIZES, Distill, Quantize, Sparsity
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.plan import TAP_PLAN, LayerPlan, TapPlan, Treatment, planned, update_plan
 from gpusq_compile.remarks import Remark, analysis, missed, passed
@@ -46,6 +55,7 @@ class Offer:
     weight: str | None = None
     shape: tuple[int, ...] = ()
     refusal: str | None = None
+    attention: Attention | None = None
 
 
 def run(compilation: Compilation) -> PassResult:
@@ -71,6 +81,8 @@ def run(compilation: Compilation) -> PassResult:
         result.skipped += not wanted
         for reason in plan.reasons:
             result.remarks.append(missed("refused", reason, plan.name))
+    mark_attentions(offers, decisions.decisions, result)
+    result.remarks += weightless(offers, decisions.decisions)
     if not result.changed:
         text = "the rules change no layer of this model"
         compilation.console.warn(text)
@@ -89,10 +101,65 @@ def run(compilation: Compilation) -> PassResult:
     return result
 
 
+def mark_attentions(
+    offers: Sequence[Offer], decisions: Sequence[Decision], result: PassResult
+) -> None:
+    """Plan the attentions, once it is known how what reads them is quantized."""
+    for offer, decision in zip(offers, decisions, strict=True):
+        if offer.attention is None:
+            continue
+        plan = plan_attention(offer.candidate.name, offer.attention, decision)
+        offer.node.meta[ATTENTION_PLAN] = plan
+        if plan.requested == Treatment() and not plan.reasons:
+            continue
+        result.matched += 1
+        result.changed += plan.quantize is not None
+        result.skipped += plan.quantize is None
+        result.remarks += [missed("refused", reason, plan.name) for reason in plan.reasons]
+
+
+def weightless(offers: Sequence[Offer], decisions: Sequence[Decision]) -> list[Remark]:
+    """A remark for each rule and kind of operator that it asks to compress and that has no weight.
+
+    Of a rule that also reaches operators with weights it is a note: a broad match means those. An
+    attention has no weight either, but factors that can be quantized.
+    """
+    reached: dict[str, set[str]] = {}
+    names: dict[tuple[str, str, str], list[str]] = {}
+    for offer, decision in zip(offers, decisions, strict=True):
+        for hit in decision.chain:
+            reached.setdefault(hit.rule, set()).add(offer.candidate.op)
+            for action in set(hit.actions) - set(hit.overridden) - {"distill"}:
+                if not is_weighted(offer.node) and asks_for_weight(offer, decision, action):
+                    key = (hit.rule, action, offer.candidate.op)
+                    names.setdefault(key, []).append(offer.candidate.name)
+    remarks = []
+    for (rule, action, op), found in sorted(names.items()):
+        factors = op == "attention" and action == "quantize"
+        text = (
+            f"rule '{rule}' asks for {action} on {len(found)} operators of kind {op}, which have "
+            "no weight"
+            + (": only their activations can be" if factors else " and stay as they are")
+        )
+        kind = analysis if reached[rule] & WEIGHTED_OPS else missed
+        remarks.append(kind("no-weight", text, found[0] if len(found) == 1 else None))
+    return remarks
+
+
+def asks_for_weight(offer: Offer, decision: Decision, action: str) -> bool:
+    """Whether an action that a rule gives an operator says something about its weight."""
+    quantize = decision.quantize
+    if offer.attention is None or action != "quantize" or quantize is None:
+        return getattr(decision, action) is not None
+    return quantize.weight != "none" or quantize.split or quantize.smooth is not None
+
+
 def require_data(compilation: Compilation) -> None:
     """Raise InputError now, not after minutes of work, for data that the plans need."""
     plans = [plan for _, plan in planned(compilation.ir.graph)]
-    blocks = [plan.quantize for plan in plans if plan.quantize is not None]
+    wanted = [plan.quantize for plan in plans]
+    wanted += [plan.quantize for _, plan in planned_attentions(compilation.ir.graph)]
+    blocks = [block for block in wanted if block is not None]
     settings = compilation.rules.finetune
     if compilation.options.finetune:
         if settings.sparse != "none" and any(plan.sparsity for plan in plans):
@@ -123,11 +190,12 @@ def collect(graph_module: torch.fx.GraphModule) -> list[Offer]:
     offers: list[Offer] = []
     taken: dict[str, int] = {}
     readers: dict[str, int] = {}
+    attentions = find_attentions(graph)
     for node in graph.nodes:
         if node.op == "get_attr":
             readers[str(node.target)] = readers.get(str(node.target), 0) + len(node.users)
     for node in graph.nodes:
-        op = op_of(node)
+        op = "attention" if node in attentions else op_of(node)
         if op is None or (op == "add" and node not in residuals):
             continue  # Other adds are biases, position embeddings and the like.
         source = weight_source(node) if is_weighted(node) else None
@@ -158,7 +226,17 @@ def collect(graph_module: torch.fx.GraphModule) -> list[Offer]:
             in_features=shape[REDUCTION_AXIS] if len(shape) > 1 else None,
             out_features=shape[0] if shape else None,
         )
-        offers.append(Offer(node, candidate, roles.get(node, ()), weight, shape, refusal))
+        offers.append(
+            Offer(
+                node,
+                candidate,
+                roles.get(node, ()),
+                weight,
+                shape,
+                refusal,
+                attentions.get(node),
+            )
+        )
     return offers
 
 
@@ -210,7 +288,27 @@ def make_plan(offer: Offer, decision: Decision, compute: Sequence[str]) -> Layer
                 f"found {offer.shape[REDUCTION_AXIS]}"
             )
             plan = replace(plan.refuse(reason), sparsity=None)
+    if quantize is not None and (unfit := block_refusal(offer, quantize)) is not None:
+        plan = replace(plan.refuse(unfit), quantize=None)
     return plan
+
+
+def block_refusal(offer: Offer, quantize: Quantize) -> str | None:
+    """Why a weight cannot have one scale for each block of its input channels."""
+    if quantize.block is None:
+        return None
+    if offer.candidate.op != "linear":
+        return (
+            f"blocks of {quantize.block}: TensorRT's kernels with INT4 weights are GEMMs, and none "
+            "is a convolution"
+        )
+    size = offer.shape[REDUCTION_AXIS]
+    if size % quantize.block == 0:
+        return None
+    others = [block for block in BLOCK_SIZES if block != quantize.block]
+    fitting = " or ".join(str(block) for block in others if size % block == 0)
+    advice = f"blocks of {fitting} do" if fitting else f"nor do blocks of {others[0]}"
+    return f"blocks of {quantize.block} do not divide its {size} input channels; {advice}"
 
 
 def settled_output(
@@ -224,7 +322,8 @@ def settled_output(
     if quantize is None or quantize.output != "auto":
         return quantize
     integer = "none" not in (quantize.weight, quantize.activation)
-    needed = integer and sparsity is not None and set(compute) != {"sm90"}
+    sparse = sparsity is not None and takes_sparse_kernels(sparsity.pattern)
+    needed = integer and sparse and set(compute) != {"sm90"}
     return quantize.model_copy(update={"output": "int8" if needed else "none"})
 
 

@@ -1,10 +1,12 @@
 """quantize: insert fake-quantizers at marked operators and calibrate their scales.
 
 Needs `sparse` (sparsity first, then quantization). Weights: symmetric, one scale per output
-channel, from their non-zero values; with `rounding: gptq` the stored weights are put onto their
-grid, where fake quantization leaves them as they are. Activations and outputs: symmetric, one
-scale per tensor, from batches of real data. All scales are parameters that the fine-tune learns.
-Operators that read one tensor in one type share its quantizer. Guarantees `quantized`.
+channel, or one per block of its input channels where the rules say so, from their non-zero values;
+with `rounding: gptq` the stored weights are put onto their grid, where fake quantization leaves
+them as they are. Activations and outputs: symmetric, one scale per tensor, from batches of real
+data. All scales are parameters that the fine-tune learns. Operators that read one tensor in one
+type share its quantizer. Marked attentions get one on each factor of their two products. Guarantees
+`quantized`.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from gpusq_compile.language.training import Calibration
 from gpusq_compile.obs import Grid, sweep
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.plan import LayerPlan, planned, update_plan
+from gpusq_compile.quantization.attention import quantize_attentions
 from gpusq_compile.quantization.calibrate import Observer, weight_scale
 from gpusq_compile.quantization.fake_quantize import (
     ACTIVATION_RANGES,
@@ -32,11 +35,11 @@ from gpusq_compile.quantization.fake_quantize import (
 )
 from gpusq_compile.remarks import analysis, missed, passed
 from gpusq_compile.second_moments import LayerInputs, as_matrix, as_weight, output_error
-from gpusq_compile.sparsity import Mask
+from gpusq_compile.sparsity import REDUCTION_AXIS, Mask
 
 SCALE_TYPES = {"fp16": torch.float16, "fp32": torch.float32}
 ROUNDED_WITH = "rounded_with"
-"""Where a node's metadata keeps the scales [out] that its weight was rounded with when pruned."""
+"""Where a node's metadata keeps the scales that its weight was rounded with when pruned."""
 
 
 def run(compilation: Compilation) -> PassResult:
@@ -81,6 +84,7 @@ def run(compilation: Compilation) -> PassResult:
         update_plan(node, plan)
         result.changed += 1
         result.remarks.append(passed("quantized", _describe(plan), plan.name))
+    activations |= quantize_attentions(graph_module, scale_dtype, result)
     finish(graph_module)
     if activations:
         calibrate(compilation, activations, result)
@@ -121,9 +125,11 @@ def insert_weight_quantizer(
 def weight_quantizer(compilation: Compilation, plan: LayerPlan) -> FakeQuantize:
     """The fake-quantizer that a layer's plan asks for its weight, not calibrated yet."""
     assert plan.quantize is not None
+    block = plan.quantize.block
     return FakeQuantize(
         WEIGHT_RANGES[plan.quantize.weight],
         channels=plan.shape[0],
+        blocks=None if block is None else plan.shape[REDUCTION_AXIS] // block,
         scale_dtype=SCALE_TYPES[compilation.rules.target.precision],
     )
 
@@ -138,7 +144,7 @@ def set_weight_scale(
     module, weight = weight_at_quantizer(graph_module, node, plan)
     scale = node.meta.pop(ROUNDED_WITH, None)
     if scale is None:
-        scale = weight_scale(weight, method, module.grid.qmax)
+        scale = weight_scale(weight, method, module.grid.qmax, module.blocks)
     module.to(weight.device).set_scale(scale)
 
 
@@ -224,6 +230,8 @@ def _describe(plan: LayerPlan) -> str:
         )
         if name
     ]
+    if plan.quantize is not None and plan.quantize.block is not None:
+        parts[0] += f" in blocks of {plan.quantize.block}"
     return ", ".join(parts)
 
 
@@ -293,6 +301,6 @@ PASS = Pass(
     name="quantize",
     summary="insert fake-quantizers and calibrate their scales",
     run=run,
-    requires=("sparse",),
+    requires=("sparse", "attention_split"),
     ensures=("quantized",),
 )

@@ -137,7 +137,7 @@ def joint_grid(
     """
     quantizer = weight_quantizer(compilation, plan).to(weight.device)
     method = compilation.rules.calibration.weight
-    scale = weight_scale(weight, method, quantizer.grid.qmax)
+    scale = weight_scale(weight, method, quantizer.grid.qmax, quantizer.blocks)
     node.meta[ROUNDED_WITH] = scale
     quantizer.set_scale(scale)
     return Grid(quantizer.exported_scale().detach(), quantizer.grid)

@@ -1,10 +1,11 @@
 """surgery: give the exported graph the form that TensorRT runs fast.
 
 Needs `onnx`. For each planned layer: stores the weight as [K, N] in place of a Transpose at run
-time, puts its scales on the output-channel axis, and names the GEMM and its Q/DQ nodes after the
-layer, so that an engine's layer list speaks the user's names. Then converts what is not quantized
-to the target's precision, inputs and outputs staying float32. Guarantees `onnx_final`: the model
-passes `onnx.checker` in full.
+time, its scales turned with it, and names the GEMM and its Q/DQ nodes after the layer, so that an
+engine's layer list speaks the user's names; likewise the two products of each quantized attention.
+Then converts what is not quantized to the target's precision, inputs and outputs staying float32,
+and stores weights with block scales as INT4.
+Guarantees `onnx_final`: the model passes `onnx.checker` in full.
 """
 
 from __future__ import annotations
@@ -12,8 +13,12 @@ from __future__ import annotations
 import onnx
 import onnx_graphsurgeon as gs
 
+from gpusq_compile.attention_plan import planned_attentions
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.errors import InternalError
+from gpusq_compile.graph.edit import NAMESPACE
+from gpusq_compile.lowering.attention_wiring import name_attention, softmax_scale
+from gpusq_compile.lowering.int4 import store_as_int4
 from gpusq_compile.lowering.precision import to_half
 from gpusq_compile.lowering.wiring import (
     GEMM_OPS,
@@ -23,7 +28,7 @@ from gpusq_compile.lowering.wiring import (
     untranspose,
 )
 from gpusq_compile.pass_base import Pass, PassResult
-from gpusq_compile.plan import planned
+from gpusq_compile.plan import Treatment, planned
 from gpusq_compile.remarks import passed
 
 
@@ -47,6 +52,12 @@ def run(compilation: Compilation) -> PassResult:
         result.changed += 1
         if moved:
             result.remarks.append(passed("untransposed", "weight stored as [K, N]", plan.name))
+    for node, attention in planned_attentions(compilation.ir.graph):
+        if attention.applied != Treatment():
+            result.matched += 1
+            result.changed += 1
+            own = f"{NAMESPACE}.attention_scale."
+            name_attention(tensors.get(softmax_scale(node)), attention.name, own)
     if compilation.source.dynamic_shapes is None:
         name_batch(graph)
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
@@ -54,6 +65,14 @@ def run(compilation: Compilation) -> PassResult:
     if compilation.rules.target.precision == "fp16":
         model = to_half(model)
         result.remarks.append(passed("fp16", "float tensors are FP16, inputs and outputs FP32"))
+    four_bits = [
+        plan.weight
+        for _, plan in planned(compilation.ir.graph)
+        if plan.applied.weight is not None and plan.quantize and plan.quantize.block
+    ]
+    if four_bits:
+        store_as_int4(model, four_bits)
+        result.remarks.append(passed("int4", f"{len(four_bits)} weights are stored in 4 bits"))
     model.producer_name = "gpusq-compile"
     onnx.checker.check_model(model, full_check=True)
     compilation.onnx_model = model

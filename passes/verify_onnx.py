@@ -1,7 +1,8 @@
 """verify_onnx: is the final file what was asked for, and does it compute the same?
 
 Needs `onnx_final`. Writes the file, reads it back, and checks on what it read:
-- structure: sparsity on the stored integers, scales, axes, zero-points of every layer;
+- structure: sparsity on the stored integers, scales, axes, zero-points of every layer, and Q/DQ on
+  all that a quantized attention multiplies;
 - numerics: ONNX Runtime against the fake-quantized graph on real batches, within the rules'
   limits, and top-1 and metrics over the evaluation data.
 Guarantees `verified`.
@@ -18,11 +19,13 @@ import onnx
 import torch
 
 from gpusq_compile.accuracy import measure
+from gpusq_compile.attention_plan import planned_attentions
 from gpusq_compile.batch_inputs import size_of
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.data import logits_of
 from gpusq_compile.errors import CheckFailed, InputError
 from gpusq_compile.lowering.check import check_layers
+from gpusq_compile.lowering.check_attention import check_attentions
 from gpusq_compile.lowering.runtime import SessionModule, compare, open_session, structured
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.plan import Treatment, planned
@@ -41,11 +44,18 @@ def run(compilation: Compilation) -> PassResult:
     compilation.stored = {layer.name: layer for layer in stored}
     result = PassResult(matched=len(stored), changed=0)
     broken = [f"{layer.name}: {fault}" for layer in stored for fault in layer.faults]
+    attentions = [plan for _, plan in planned_attentions(compilation.ir.graph)]
+    attentions = [plan for plan in attentions if plan.applied != Treatment()]
+    broken += check_attentions(written, attentions)
     session = open_session(path)
     numerics = compare(compilation.expected, session, logits_finder(compilation))
     limits = compilation.rules.verify
     compilation.verify = {
-        "structure": {"layers": len(stored), "faults": broken},
+        "structure": {
+            "layers": len(stored),
+            "attentions": len(attentions),
+            "faults": broken,
+        },
         "numerics": {**asdict(numerics), "top1_agreement": numerics.top1_agreement},
         "limits": limits.model_dump(mode="json"),
     }

@@ -20,7 +20,8 @@ from tests.command_line import ONE_SHOT, TINY, Run, compile_here, finish, start,
 
 SHORT = ("--rules", "int8", "--steps", "3", "--engine", "none")
 FILES = [
-    *("build_engine.sh", "manifest.json", "model.onnx", "report.json", "weights.safetensors"),
+    *("build_engine.sh", "graph.json", "manifest.json", "model.onnx", "report.json"),
+    "weights.safetensors",
 ]
 
 
@@ -63,7 +64,7 @@ class TestRealRun:
         run, _ = real
         said = re.compile(
             r"the model file prints this|compiling |top-1|passes|layers|fine-tune |"
-            r"ONNX Runtime against|stored layers: |size: |wrote |[┏┃┡│├└]"
+            r"ONNX Runtime against|stored layers: |size: |packed: |wrote |[┏┃┡│├└]"
         )
         assert [line for line in run.err.splitlines() if not said.match(line)] == []
 
@@ -90,7 +91,7 @@ class TestRealRun:
         layers = {layer["name"]: layer for layer in read(real[1] / "out/report.json")["layers"]}
         assert list(layers) == ["patch_embed", "fc1", "fc2", "head"]
         fc1 = layers["fc1"]
-        asked = {"sparsity": "2:4", "weight": "int8", "activation": "int8", "output": None}
+        asked = {"sparsity": "2:4", "weight": "int8", "activation": "int8", "output": "int8"}
         assert fc1["requested"] == fc1["applied"] == asked
         assert (fc1["role"], fc1["op"], fc1["shape"]) == ("mlp", "linear", [64, 32])
         assert fc1["mask_ok"] is True
@@ -251,7 +252,7 @@ class TestOptions:
             if line.startswith("│")
             for cells in [[cell.strip() for cell in line.strip("│").split("│")]]
         }
-        assert rows["fc1"] == ["1", "64x32", "2:4 int8", "int8", "-"]
+        assert rows["fc1"] == ["1", "64x32", "2:4 int8", "int8", "int8"]
         assert rows["head"] == ["1", "4x32", "-", "-", "-"]
         assert "distilled at: patch_embed (patch_embed), norm (final_projection)" in run.err
         assert "nothing was written" in run.err

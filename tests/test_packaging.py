@@ -88,6 +88,8 @@ def test_the_shipped_rules_and_passes_are_inside(wheel: Path) -> None:
     assert "gpusq_compile/rules/int8.yaml" in names
     assert "gpusq_compile/rules/int4.yaml" in names
     assert "gpusq_compile/rules/int4-pairwise.yaml" in names
+    assert "gpusq_compile/rules/int4-weight-only.yaml" in names
+    assert "gpusq_compile/rules/int8-attention.yaml" in names
     assert "gpusq_compile/rules/sparse-fp16.yaml" in names
     assert "gpusq_compile/rules/paper/deit_tiny.yaml" in names
     assert "gpusq_compile/passes/trace.py" in names

@@ -175,6 +175,33 @@ def test_a_layer_that_cannot_be_compressed_is_left_whole_with_the_reason(name: s
     assert record.skipped == record.matched == len(plans_of(compilation))
 
 
+@pytest.mark.parametrize(
+    ("compute", "sparsity", "activation", "output"),
+    [
+        (["portable"], SPARSE, "int8", "int8"),
+        (["sm80", "sm90"], SPARSE, "int8", "int8"),
+        (["sm90"], SPARSE, "int8", None),
+        (["sm80"], "none", "int8", None),
+        (["sm80"], SPARSE, "none", None),
+    ],
+)
+def test_an_automatic_output_is_int8_where_sparse_kernels_of_the_target_write_nothing_else(
+    compute: list[str], sparsity: Any, activation: str, output: str | None
+) -> None:
+    document = make_rules(
+        {
+            "id": "all",
+            "match": {"op": "linear"},
+            "sparsity": sparsity,
+            "quantize": {"weight": "int8", "activation": activation, "output": "auto"},
+        }
+    )
+    document["target"]["compute"] = compute
+    compilation = run_until(begin(seeded(Perceptron), noise(2, 32), document), "quantize")
+    plan = plan_of(compilation, "first")
+    assert plan.requested.output == plan.applied.output == output
+
+
 def test_a_reduction_axis_that_has_no_groups_of_four_is_quantized_dense() -> None:
     plan = plan_of(marked(seeded(Perceptron, (30, 64, 32)), noise(2, 30)), "first")
     assert plan.reasons == ("2:4 needs a reduction axis that is a multiple of 4, found 30",)
@@ -304,6 +331,29 @@ def test_a_tap_carries_its_theta_and_role() -> None:
         ("stage_end", 2.5),
         ("final_projection", 2.5),
     ]
+
+
+@pytest.mark.parametrize(
+    ("match", "kind"),
+    [({"op": "layer_norm"}, Kind.MISSED), ({"name": "layers.**"}, Kind.ANALYSIS)],
+)
+def test_compression_asked_of_an_operator_without_a_weight_is_remarked(
+    match: dict[str, str], kind: Kind
+) -> None:
+    rule = {"id": "broad", "match": match, "quantize": {**INT8, "output": "int8"}}
+    everything = {**EVERYTHING, "match": {"op": "linear"}}
+    compilation = marked(seeded(TinyViT), images(2), everything, rule)
+    (remark,) = [
+        found
+        for found in remarks_of(compilation, "mark")
+        if found.code == "no-weight" and "layer_norm" in found.reason
+    ]
+    assert remark.kind is kind
+    count = 5 if match == {"op": "layer_norm"} else 4
+    assert remark.reason == (
+        f"rule 'broad' asks for quantize on {count} operators of kind layer_norm, which have no "
+        "weight and stay as they are"
+    )
 
 
 def test_marking_changes_no_operator() -> None:

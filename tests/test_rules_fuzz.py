@@ -14,7 +14,15 @@ from gpusq_compile.language.loader import Rules, load_rules
 from gpusq_compile.language.problems import CODES, InputErrors
 from gpusq_compile.rules import shipped_rules
 
-NAMES = ["int8", "int4", "sparse-fp16", "paper/mask_rcnn_swin_tiny", "paper/detr_r50"]
+NAMES = [
+    "int8",
+    "int4",
+    "int4-weight-only",
+    "int8-attention",
+    "sparse-fp16",
+    "paper/mask_rcnn_swin_tiny",
+    "paper/detr_r50",
+]
 SHIPPED = [shipped_rules()[name].read_text(encoding="utf-8") for name in NAMES]
 TOKENS = [
     *"{}[],:&*#?|-<>=!%@`'\"\\\n\t ~",

@@ -92,7 +92,7 @@ def test_shipped_int8_asks_for_sparse_int8_and_an_int8_output_of_qkv() -> None:
     by_id = {located.rule.id: located.rule for located in load_rules("int8").rules}
     gemms, qkv, head = by_id["gemms"], by_id["int8-qkv-output"], by_id["dense-classifier"]
     assert gemms.sparsity == Sparsity(pattern="2:4", method="obs", permute=True)
-    assert gemms.quantize == Quantize(weight="int8", activation="int8", output="none")
+    assert gemms.quantize == Quantize(weight="int8", activation="int8", output="auto")
     assert isinstance(qkv.quantize, Quantize)
     assert qkv.quantize.output == "int8"
     assert (head.sparsity, head.quantize) == ("none", "none")
@@ -119,9 +119,9 @@ def test_shipped_int4_is_int8_with_four_bits_but_for_the_ends_and_the_qkv_output
     gemms, qkv, patch = (
         by_id[rule_id].quantize for rule_id in ("gemms", "int8-qkv-output", "int8-patch-embedding")
     )
-    assert gemms == Quantize(weight="int4", activation="int4", smooth=0.5)
+    assert gemms == Quantize(weight="int4", activation="int4", output="auto", smooth=0.5)
     assert qkv == Quantize(weight="int4", activation="int4", output="int8", smooth=0.5)
-    assert patch == Quantize(weight="int8", activation="int8")
+    assert patch == Quantize(weight="int8", activation="int8", output="auto")
     for found, known in (
         (int4.finetune.sparse, int8.finetune.sparse),
         (int4.finetune.quantize, int8.finetune.quantize),
@@ -136,8 +136,10 @@ def test_shipped_int4_pairwise_is_int4_in_the_pattern_of_int4_hardware() -> None
         {located.rule.id: located.rule for located in load_rules(name).rules}
         for name in ("int4-pairwise", "int4")
     )
-    expected = Sparsity(pattern="pair4:8", method="obs", permute=True)
-    assert pairwise.pop("gemms") == int4.pop("gemms").model_copy(update={"sparsity": expected})
+    gemms, known = pairwise.pop("gemms"), int4.pop("gemms")
+    assert gemms.sparsity == Sparsity(pattern="pair4:8", method="obs", permute=True)
+    assert gemms.quantize == Quantize(weight="int4", activation="int4", smooth=0.5)
+    assert gemms.match == known.match
     assert pairwise == int4
 
 
@@ -145,7 +147,7 @@ def test_shipped_int4_a8_has_weights_of_int4_and_activations_and_limits_of_int8(
     rules, int8 = load_rules("int4-a8"), load_rules("int8")
     by_id = {located.rule.id: located.rule for located in rules.rules}
     gemms, qkv = by_id["gemms"].quantize, by_id["int8-qkv-output"].quantize
-    assert gemms == Quantize(weight="int4", activation="int8")
+    assert gemms == Quantize(weight="int4", activation="int8", output="auto")
     assert qkv == Quantize(weight="int4", activation="int8", output="int8")
     assert by_id["gemms"].sparsity == Sparsity(pattern="portable", method="obs", permute=True)
     assert rules.calibration.weight == "mse"

@@ -10,6 +10,7 @@ import pytest
 
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.execution import execution
+from gpusq_compile.plan import Treatment
 from gpusq_compile.remarks import Kind
 from gpusq_compile.rules import shipped_rules
 from tests.compilations import begin, plans_of, remarks_of, run_until
@@ -18,9 +19,11 @@ from tests.models import Shape, TinyViT, images, labelled, seeded
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "digits_vit.py"
 FILES = {
     "int8": ("2:4", "sparse int8"),
+    "int8-attention": ("2:4", "sparse int8"),
     "int4": ("portable", "sparse int8"),
     "int4-a8": ("portable", "sparse int8"),
     "int4-pairwise": ("pair4:8", "dense int8"),
+    "int4-weight-only": (None, "weight-only int4"),
     "sparse-fp16": ("2:4", "sparse fp16"),
 }
 """The pattern of each file's GEMMs, and what the engine makes of them. The patch embedding of the
@@ -39,22 +42,25 @@ def check(compilation: Compilation, name: str, gemms: int) -> None:
     """The planned layers are in the file's pattern, in the stored model too, and verified."""
     run_until(compilation, "verify_onnx")
     assert compilation.verify["ok"] is True
-    pattern, kind = FILES[name]
-    done = {layer: plan for layer, plan in plans_of(compilation).items() if plan.applied.sparsity}
-    assert all(compilation.stored[layer].mask_ok for layer in done)
-    assert not any(compilation.stored[layer].faults for layer in done)
-    embedded = {layer: plan for layer, plan in done.items() if "patch_embed" in plan.roles}
-    for plan in embedded.values():
-        assert plan.applied.sparsity == "2:4"
-        assert execution(plan, "fp16").kind == ("sparse fp16" if "fp16" in name else "sparse int8")
-    found = Counter(
-        (plan.applied.sparsity, execution(plan, "fp16").kind)
-        for layer, plan in done.items()
-        if layer not in embedded
-    )
-    assert found == {(pattern, kind): gemms}
-    remarked = {r.layer for r in remarks_of(compilation, "mark", Kind.ANALYSIS)}
-    assert remarked == (set(done) - set(embedded) if kind.startswith("dense") else set())
+    plans = plans_of(compilation)
+    done = {layer: plan for layer, plan in plans.items() if plan.applied != Treatment()}
+    found: Counter[tuple[str | None, str]] = Counter()
+    for layer, plan in done.items():
+        stored, kind = compilation.stored[layer], execution(plan, "fp16").kind
+        assert not stored.faults
+        assert stored.mask_ok is (None if plan.applied.sparsity is None else True)
+        if "patch_embed" in plan.roles:
+            assert plan.applied.sparsity == "2:4"
+            assert kind.startswith("sparse")
+        else:
+            found[plan.applied.sparsity, kind] += 1
+    assert found == {FILES[name]: gemms}
+    outputs = {plan.applied.output for plan in done.values()}
+    assert (None in outputs) == (FILES[name][1] != "sparse int8")
+    remarks = remarks_of(compilation, "mark", Kind.ANALYSIS)
+    unused = [remark for remark in remarks if remark.code == "no-sparse-kernel"]
+    assert len(unused) == (gemms if name == "int4-pairwise" else 0)
+    assert "no-sparse-int4" not in {remark.code for remark in remarks}
 
 
 def test_each_shipped_file_is_tried() -> None:
@@ -66,7 +72,11 @@ def test_a_small_network_compiles_by_each_file(name: str, tmp_path: Path) -> Non
     model = seeded(TinyViT, Shape(depth=1, dim=64))
     # The logits of random weights lie close together: which is the largest says nothing.
     rules = {"version": 1, "extends": name, "verify": {"min_top1_agreement": 0.5}}
-    check(begin(model, images(4), rules, tmp_path, data=labelled(2)), name, gemms=4)
+    check(
+        begin(model, images(4), rules, tmp_path, data=labelled(2)),
+        name,
+        gemms=1 if "weight-only" in name else 4,
+    )
 
 
 @pytest.mark.parametrize("name", COMPILED)
@@ -78,4 +88,4 @@ def test_the_example_compiles_by_each_file(name: str, tmp_path: Path) -> None:
     spec.loader.exec_module(digits)
     data = list(digits.calibration_data())[:2]
     compilation = begin(digits.model(), digits.example_inputs(), name, tmp_path, data=data)
-    check(compilation, name, gemms=16)
+    check(compilation, name, gemms=4 if "weight-only" in name else 16)

@@ -18,9 +18,16 @@ from typing import Any, Literal, cast
 import onnx as onnx_library
 
 from gpusq_compile.engine import worker
+from gpusq_compile.engine.attention import find_attentions
 from gpusq_compile.engine.backends import PORTABLE, Backend, choose_backend
 from gpusq_compile.engine.builder_log import BuilderLog, find_gemms, parse_builder_log
-from gpusq_compile.engine.report import BatchRange, BuiltEngine, EngineReport, MarkedGemm
+from gpusq_compile.engine.report import (
+    BatchRange,
+    BuiltEngine,
+    EngineReport,
+    MarkedAttention,
+    MarkedGemm,
+)
 from gpusq_compile.errors import CheckFailed, InputError, relative_to_cwd
 
 # Called with the target, the builder's phase and the finished fraction, 0 to 1.
@@ -40,6 +47,7 @@ def build_engines(
     backend: Literal["auto", "none", "tensorrt", "tensorrt-rtx"] = "auto",
     targets: Sequence[str] = (PORTABLE,),
     gemms: Sequence[MarkedGemm] = (),
+    attentions: Sequence[MarkedAttention] = (),
     batch: BatchRange | None = None,
     progress: Progress | None = None,
 ) -> EngineReport:
@@ -50,8 +58,8 @@ def build_engines(
     TensorRT-RTX, Ampere and later with TensorRT. Every engine is built in a child process, written
     to a temporary name and renamed; Ctrl-C ends the child and leaves no file.
 
-    Each of `gemms` is looked up in the builder's log; one that has not the type it should have is
-    in the report with its reason (`EngineReport.missed()`), no error.
+    Each of `gemms` and `attentions` is looked up in the builder's log; one that has not the type it
+    should have is in the report with its reason (`EngineReport.missed()`), no error.
 
     Raises InputError: onnx-file-missing, bad-batch-range, engine-not-writable, disk-full, and those
     of `choose_backend`. Raises CheckFailed: engine-parse-failed, engine-build-failed,
@@ -77,6 +85,7 @@ def build_engines(
             bytes=(folder / name).stat().st_size,
             seconds=round(run.seconds, 3),
             gemms=find_gemms(log, gemms),
+            attentions=find_attentions(log, attentions),
         )
     remarks = (*remarks, *_remarks(chosen, targets, gemms, logs))
     return EngineReport(chosen.name, chosen.version, built, remarks)

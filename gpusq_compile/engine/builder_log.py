@@ -290,6 +290,20 @@ def _weight(layer: EngineLayer) -> EngineTensor | None:
     return max(fitting or matrices, key=EngineTensor.size, default=None)
 
 
+def _weight_type(layer: EngineLayer) -> str | None:
+    """The type in which a GEMM layer reads its weight; None where that is no constant of it."""
+    if layer.weight_dtype is not None:
+        return layer.weight_dtype
+    weight = _weight(layer)
+    return weight.dtype if weight is not None else None
+
+
+def _common(types: Iterable[str | None]) -> str | None:
+    """The type that all have; None where they differ."""
+    different = set(types)
+    return different.pop() if len(different) == 1 else None
+
+
 def _operands(layer: EngineLayer) -> tuple[str, ...]:
     """The types of the two factors of a GEMM layer, before any cast inside it."""
     data = [t for t in layer.inputs if len(t.dims) > 1]
@@ -354,6 +368,7 @@ def _find(log: BuilderLog, gemm: MarkedGemm) -> GemmInEngine:
         eligible=eligible,
         picked=picked,
         reason=reason,
+        weight=_common(_weight_type(layer) for layer in holders),
     )
 
 
@@ -379,9 +394,38 @@ def _judge(
             "the log does not tell in which type it multiplies"
         )
     if actual == gemm.expected:
-        return "passed", None
+        reason = _weight_missed(log, gemm, holders)
+        return ("passed", None) if reason is None else ("missed", reason)
     layer = holders[list(types).index(actual)]
     return "missed", _why(log, gemm, layer, actual)
+
+
+def _weight_missed(log: BuilderLog, gemm: MarkedGemm, holders: Sequence[EngineLayer]) -> str | None:
+    """Why a weight that should be small until it is multiplied is not; None where it is."""
+    for layer in holders:
+        found = _weight_type(layer)
+        if gemm.weight is None or found == gemm.weight:
+            continue
+        if found is not None:
+            return f"engine layer '{layer.name}' holds its weight as {found}, not as {gemm.weight}"
+        read = {tensor.name for tensor in layer.inputs}
+        for other in log.layers:
+            weight = _weight(other)
+            if weight is None or weight.dtype != gemm.weight:
+                continue
+            if any(tensor.name in read and tensor.dims == weight.dims for tensor in other.outputs):
+                return (
+                    f"engine layer '{other.name}' dequantizes the whole weight ahead of the "
+                    f"product, in a kernel of its own{_scales_of(other, weight)}"
+                )
+        return f"engine layer '{layer.name}' has no constant weight"
+    return None
+
+
+def _scales_of(layer: EngineLayer, weight: EngineTensor) -> str:
+    one = any(constant.dims == (1, weight.dims[-1]) for constant in layer.constants)
+    why = " (its one block is one scale per output channel; smaller blocks stay with the GEMM)"
+    return why if one else ""
 
 
 def _not_found(log: BuilderLog, name: str) -> tuple[Status, str]:

@@ -15,13 +15,40 @@ class MarkedGemm:
     """A GEMM that the rules marked.
 
     `name` is both the layer's name and the name of its MatMul, Gemm or Conv node in the ONNX file.
-    `expected` is the type its operands should have in the engine, `sparse` whether its weight was
-    pruned 2:4.
+    `expected` is the type in which the engine should multiply, `sparse` whether its weight was
+    pruned. `weight` is the type in which the GEMM's own kernel should read the weight; None where
+    that is `expected`.
     """
 
     name: str
     expected: Literal["int8", "fp16", "fp32"]
     sparse: bool = False
+    weight: Literal["int4"] | None = None
+
+
+@dataclass(frozen=True)
+class MarkedAttention:
+    """An attention that the rules marked: its ONNX products are named `NAME/qk` and `NAME/av`."""
+
+    name: str
+    expected: Literal["int8"] = "int8"
+
+
+@dataclass(frozen=True)
+class AttentionInEngine:
+    """What one marked attention became.
+
+    `actual` is the type that its fused kernel multiplies, "unfused" where the builder made separate
+    layers of it, "unknown" where the log does not tell. `layer` names the engine layers that hold
+    its products; `reason` explains every status but "passed".
+    """
+
+    name: str
+    expected: str
+    actual: str
+    status: Status
+    layer: str | None = None
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +68,8 @@ class GemmInEngine:
     or "unknown" where the log does not tell. `layer` is the engine layer that holds it, `tactic`
     its kernel where the builder names one. `eligible` and `picked` say whether TensorRT found its
     weight fit for, and took, a sparse kernel. `reason` explains every status but "passed".
+    `weight` is the type in which its kernel reads the weight, None where the weight is no constant
+    of that kernel.
     """
 
     name: str
@@ -52,6 +81,7 @@ class GemmInEngine:
     eligible: Answer = "unknown"
     picked: Answer = "unknown"
     reason: str | None = None
+    weight: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +92,7 @@ class BuiltEngine:
     bytes: int
     seconds: float
     gemms: tuple[GemmInEngine, ...]
+    attentions: tuple[AttentionInEngine, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import copy
 import torch
 import torch.fx
 
+from gpusq_compile.attention_plan import planned_attentions
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.graph.query import module_calls
 from gpusq_compile.plan import planned
@@ -43,7 +44,10 @@ def reconstruction_follows(compilation: Compilation) -> bool:
 
 
 def _quantizes(compilation: Compilation) -> bool:
-    quantizes = any(plan.quantize for _, plan in planned(compilation.ir.graph))
+    graph = compilation.ir.graph
+    quantizes = any(plan.quantize for _, plan in planned(graph)) or any(
+        plan.quantize for _, plan in planned_attentions(graph)
+    )
     return compilation.options.finetune and quantizes
 
 

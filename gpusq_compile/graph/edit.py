@@ -143,6 +143,20 @@ def set_tensor(
         owner.register_buffer(leaf, value)
 
 
+def store_buffer(graph_module: torch.fx.GraphModule, path: str, value: torch.Tensor) -> None:
+    """Store a tensor at a new `path`, with the modules that it names."""
+    owner, _, leaf = path.rpartition(".")
+    if not has_submodule(graph_module, owner):
+        graph_module.add_submodule(owner, torch.nn.Module())
+    graph_module.get_submodule(owner).register_buffer(leaf, value)
+
+
+def remove_tensor(graph_module: torch.fx.GraphModule, path: str) -> None:
+    """Remove the parameter or buffer at `path`, which no node reads any more."""
+    owner, _, leaf = path.rpartition(".")
+    delattr(graph_module.get_submodule(owner), leaf)
+
+
 def finish(graph_module: torch.fx.GraphModule) -> None:
     """Drop dead nodes and unused submodules, check the graph and rebuild its code."""
     graph_module.graph.eliminate_dead_code()

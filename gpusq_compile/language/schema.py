@@ -41,6 +41,8 @@ Role = Literal[
 ]
 Compute = Literal["sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "portable"]
 IntegerType = Literal["int8", "int4", "none"]
+BlockSize = Literal[64, 128]
+BLOCK_SIZES: Final[tuple[BlockSize, ...]] = get_args(BlockSize)
 PassName = Literal[
     "permute",
     "tap",
@@ -83,14 +85,16 @@ class Quantize(Block):
     All of it is symmetric with zero-point 0: weights with one scale per output channel,
     activations and outputs with one scale per tensor. `int8` holds weights of -127 to 127 and
     activations of -128 to 127, `int4` weights of -7 to 7 and activations of -8 to 7. INT4 values
-    are stored and multiplied as INT8, which is what the tensor cores take.
+    are stored and multiplied as INT8, which is what the tensor cores take; with `block` weights
+    are stored in 4 bits and multiplied in float.
     """
 
     weight: IntegerType = Field(description="Type of the stored weight.")
     activation: IntegerType = Field(
         default="int8",
-        description="Type of the layer's input. With `none` only the weight is small and the "
-        "layer computes in the target's precision.",
+        description="Type of the layer's input; of an attention, that of queries, keys, values and "
+        "softmax output. With `none` only the weight is small and the layer computes in the "
+        "target's precision.",
     )
     output: Literal["int8", "int4", "none", "auto"] = Field(
         default="none",
@@ -98,11 +102,12 @@ class Quantize(Block):
         "on integers; TensorRT picks sparse INT8 kernels only then. `auto` is `int8` where a GPU "
         "of the target has no other sparse INT8 kernels, and `none` elsewhere.",
     )
-    block: Nullable[Literal[64, 128]] = Field(
+    block: Nullable[BlockSize] = Field(
         default=None,
         description="For INT4 weights under float activations: one scale for each `block` input "
         "channels of each output channel, in place of one for all of them. The weight is stored "
-        "in 4 bits.",
+        "in 4 bits, and TensorRT's GEMM dequantizes it on the way to its multiplications where it "
+        "has two blocks or more.",
     )
     split: bool = Field(
         default=False,

@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import onnx
 import onnx_ir as ir
@@ -29,6 +29,10 @@ def _quantize(value: FLOAT, scale: FLOAT) -> INT8:
 
 
 def _dequantize(levels: INT8, scale: FLOAT) -> FLOAT:
+    shape, scales = cast(Any, levels).shape, cast(Any, scale).shape
+    if len(scales) == 2:
+        block = shape[1] // scales[1]
+        return opset21.DequantizeLinear(levels, scale, axis=1, block_size=block)
     # A scalar scale ignores the axis; a vector is per output channel, which is axis 0.
     return opset21.DequantizeLinear(levels, scale, axis=0)
 

@@ -25,8 +25,8 @@ def consumers(weight: gs.Constant) -> Iterator[gs.Node]:
 def untranspose(weight: gs.Constant) -> bool:
     """Store a [N, K] weight that is only read transposed as [K, N], and drop the Transpose.
 
-    The per-channel axis of its DequantizeLinear moves from 0 to 1 with it. Returns whether the
-    graph had that form.
+    The axis of its DequantizeLinear moves with it: of scales per channel from 0 to 1, of blocks
+    along K from 1 to 0. Returns whether the graph had that form.
     """
     head = list(weight.outputs)
     dequantize = head[0] if len(head) == 1 and head[0].op == "DequantizeLinear" else None
@@ -38,7 +38,10 @@ def untranspose(weight: gs.Constant) -> bool:
     weight.values = np.ascontiguousarray(weight.values.T)
     source = weight
     if dequantize is not None:
-        dequantize.attrs["axis"] = 1
+        dequantize.attrs["axis"] = 1 - dequantize.attrs["axis"]
+        scale = dequantize.inputs[1]
+        if scale.values.ndim == 2:
+            scale.values = np.ascontiguousarray(scale.values.T)
         source = dequantize.outputs[0]
         if source.shape is not None:
             source.shape = list(reversed(source.shape))

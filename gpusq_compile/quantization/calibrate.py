@@ -78,12 +78,19 @@ class Observer:
         return float(ratios[int(errors.argmin())] * self.maximum)
 
 
-def weight_scale(weight: torch.Tensor, method: str, qmax: int) -> torch.Tensor:
+def weight_scale(
+    weight: torch.Tensor, method: str, qmax: int, blocks: int | None = None
+) -> torch.Tensor:
     """Scales [out] of a weight [out, ...] (masked entries zero), from its non-zero values.
 
     `max` maps the largest magnitude of a channel to `qmax`; `mse` searches the clipping threshold
     of least squared error per channel. A channel of zeros gets scale 0: clamp before use.
+    With `blocks` the weight is [out, in], and each of that many blocks of input channels has a
+    scale of its own: [out, blocks].
     """
+    if blocks is not None:
+        out = len(weight)
+        return weight_scale(weight.reshape(out * blocks, -1), method, qmax).reshape(out, blocks)
     rows = weight.detach().float().flatten(1)
     largest = rows.abs().amax(dim=1)
     if method == "max":

@@ -51,6 +51,8 @@ class FakeQuantize(nn.Module):
     Args:
         grid: the integer range.
         channels: number of scales along axis 0 (weights), None for one scale (activations).
+        blocks: with it each channel of a matrix has this many scales, one for each of as many
+            equal blocks of columns.
         scale_dtype: the type that the scale will have in the exported graph. The forward pass
             uses the scale rounded to it, so that what trains is what is exported.
 
@@ -60,20 +62,27 @@ class FakeQuantize(nn.Module):
     log_scale: nn.Parameter
 
     def __init__(
-        self, grid: IntegerRange, *, channels: int | None, scale_dtype: torch.dtype
+        self,
+        grid: IntegerRange,
+        *,
+        channels: int | None,
+        blocks: int | None = None,
+        scale_dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.grid = grid
         self.channels = channels
+        self.blocks = blocks
         self.scale_dtype = scale_dtype
-        self.log_scale = nn.Parameter(torch.zeros(() if channels is None else (channels,)))
+        shape = tuple(size for size in (channels, blocks) if size is not None)
+        self.log_scale = nn.Parameter(torch.zeros(shape))
         self.level_ends = _open_ends(1.0, grid)
         self.calibrated = False
         self.observer: Observer | None = None
 
     @property
     def scale(self) -> torch.Tensor:
-        """The scale, float32: a scalar, or [channels]."""
+        """The scale, float32: a scalar, [channels] or [channels, blocks]."""
         return self.log_scale.exp()
 
     def set_scale(self, scale: torch.Tensor) -> None:
@@ -96,18 +105,32 @@ class FakeQuantize(nn.Module):
             self.observer.observe(value.detach())
         if not self.calibrated:
             return value
+        log_scale: torch.Tensor = self.log_scale
+        scale, rows = self.exported_scale(), value
+        if self.blocks is not None:
+            # Each block is a channel of a weight that has one block's columns.
+            log_scale, scale = log_scale.flatten(), scale.flatten()
+            rows = value.reshape(scale.numel(), -1)
         result: torch.Tensor = _LearnedStepQuantize.apply(
-            value, self.log_scale, self.exported_scale(), self.grid, self.level_ends
+            rows, log_scale, scale, self.grid, self.level_ends
         )
-        return result
+        return result.reshape(value.shape)
 
     def extra_repr(self) -> str:
         axis = "per tensor" if self.channels is None else f"per channel ({self.channels}, axis 0)"
+        if self.blocks is not None:
+            axis += f" and block ({self.blocks}, axis 1)"
         return f"{self.grid.name} [{self.grid.qmin}, {self.grid.qmax}], {axis}"
 
 
 def broadcastable(scale: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """A per-channel scale [out] shaped to divide a weight [out, ...]; a scalar as it is."""
+    """A scale shaped to divide a weight [out, ...]; a scalar as it is.
+
+    A per-channel scale [out] gets the weight's axes, one of blocks [out, blocks] the weight's
+    shape: each of its columns is repeated for the columns of its block.
+    """
+    if scale.ndim == 2:
+        return scale.repeat_interleave(value.shape[1] // scale.shape[1], dim=1)
     return scale.reshape(-1, *([1] * (value.ndim - 1))) if scale.ndim else scale
 
 

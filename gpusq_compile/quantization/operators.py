@@ -24,7 +24,10 @@ def _(value: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 @torch.library.custom_op("gpusq::dequantize", mutates_args=())
 def dequantize(levels: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """int8 [...] and a scale (scalar, or [out] along axis 0) -> values in the scale's dtype."""
+    """int8 [...] and a scale -> values in the scale's dtype.
+
+    The scale is a scalar, [out] along axis 0, or [out, blocks] for equal blocks along axis 1.
+    """
     return levels.to(scale.dtype) * broadcastable(scale, levels)
 
 

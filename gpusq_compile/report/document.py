@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from gpusq_compile import __version__
+from gpusq_compile.attention_plan import AttentionPlan, planned_attentions
 from gpusq_compile.compilation import Compilation, PassRecord
 from gpusq_compile.errors import GpusqError
 from gpusq_compile.execution import execution
 from gpusq_compile.plan import LayerPlan, Treatment, planned
+from gpusq_compile.report.packed import packed_storage
 
 SCHEMA_VERSION = 1
 FP32_BYTES = 4
@@ -39,6 +42,12 @@ def make_report(
             "device": compilation.options.device,
             "passes": [pass_entry(record) for record in compilation.records],
             "layers": [layer_entry(compilation, plan) for plan in plans],
+            "attentions": [
+                attention_entry(compilation, plan)
+                for _, plan in (
+                    planned_attentions(compilation.ir.graph) if compilation.graph else ()
+                )
+            ],
             "finetune": compilation.finetune,
             "accuracy": {
                 name: compilation.accuracy.get(name)
@@ -68,6 +77,7 @@ def pass_entry(record: PassRecord) -> dict[str, Any]:
 def layer_entry(compilation: Compilation, plan: LayerPlan) -> dict[str, Any]:
     stored = compilation.stored.get(plan.name)
     kind, why = execution(plan, compilation.rules.target.precision)
+    packed = compilation.packed.layers.get(plan.name) if compilation.packed else None
     return {
         "name": plan.name,
         "role": plan.role,
@@ -79,8 +89,36 @@ def layer_entry(compilation: Compilation, plan: LayerPlan) -> dict[str, Any]:
         "rules": list(plan.rules),
         "mask_ok": stored.mask_ok if stored else None,
         "weight_bytes": stored.weight_bytes if stored else None,
+        "packed_bytes": packed.total if packed else None,
         "execution": {"kind": kind, "why": why},
         "engine": engine_entry(compilation, plan.name),
+    }
+
+
+def attention_entry(compilation: Compilation, plan: AttentionPlan) -> dict[str, Any]:
+    """What was asked of an attention and done to it; its type in each engine by target."""
+    targets = compilation.engine.targets if compilation.engine else {}
+    found = {
+        target: attention
+        for target, engine in targets.items()
+        for attention in engine.attentions
+        if attention.name == plan.name
+    }
+    first = next(iter(found.values()), None)
+    return {
+        "name": plan.name,
+        **asdict(plan.sizes),
+        "biased": plan.biased,
+        "requested": plan.requested.as_dict(),
+        "planned": plan.quantize is not None,
+        "applied": plan.applied.as_dict(),
+        "reasons": list(plan.reasons),
+        "rules": list(plan.rules),
+        "engine": {
+            "type": first.actual if first else "unknown",
+            "reason": first.reason if first else None,
+            "targets": {target: attention.actual for target, attention in found.items()},
+        },
     }
 
 
@@ -106,9 +144,8 @@ def engine_entry(compilation: Compilation, layer: str) -> dict[str, Any]:
 def storage(
     compilation: Compilation, plans: list[LayerPlan], model_file: Path
 ) -> dict[str, Any] | None:
-    """Bytes of the final file, of its compressed GEMM weights with scales, and of FP32 originals.
-
-    None before the file is written.
+    """Bytes of the final file, of its compressed GEMM weights with scales, and of FP32 originals;
+    with those of the packed weights. None before the file is written.
     """
     if not model_file.exists() or not compilation.stored:
         return None
@@ -118,6 +155,10 @@ def storage(
     shapes = compilation.parameter_shapes.values()
     dense = sum(math.prod(shape) * FP32_BYTES for shape in shapes)
     model_bytes = model_file.stat().st_size
+    in_packed = compilation.packed.layers if compilation.packed else {}
+    packed_fp32 = sum(
+        math.prod(plan.shape) * FP32_BYTES for plan in compressed if plan.name in in_packed
+    )
     return {
         "gemm_bytes": gemm_bytes,
         "model_bytes": model_bytes,
@@ -125,6 +166,7 @@ def storage(
         "gemm_dense_fp32_bytes": gemm_fp32,
         "gemm_ratio": gemm_fp32 / gemm_bytes if gemm_bytes else None,
         "model_ratio": dense / model_bytes if model_bytes else None,
+        **packed_storage(compilation.packed, compressed, packed_fp32, dense),
     }
 
 

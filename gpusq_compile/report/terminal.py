@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gpusq_compile.console import print_sentence
+from gpusq_compile.report.attention import attention_lines
 
 MOST_REASONS = 8
 UNKNOWN = "-"
@@ -24,7 +25,15 @@ def show_report(report: dict[str, Any], console: Console, files: Iterable[str] =
     """Print every view of a report, in the order in which a person asks for it."""
     console.print(pass_table(report))
     console.print(layer_table(report))
-    views = (refusals, finetune_lines, accuracy_lines, verify_lines, size_lines, engine_lines)
+    views = (
+        refusals,
+        attention_lines,
+        finetune_lines,
+        accuracy_lines,
+        verify_lines,
+        size_lines,
+        engine_lines,
+    )
     for view in views:
         for text in view(report):
             print_sentence(console, escape(text))
@@ -35,7 +44,7 @@ def show_report(report: dict[str, Any], console: Console, files: Iterable[str] =
 def show_plan(report: dict[str, Any], console: Console) -> None:
     """Print what the rules decided, of a report that stops there (`--dry-run`)."""
     console.print(plan_table(report))
-    for text in (*refusals(report), *tap_lines(report)):
+    for text in (*refusals(report), *attention_lines(report), *tap_lines(report)):
         print_sentence(console, escape(text))
     console.print("nothing was written (--dry-run)")
 
@@ -254,6 +263,26 @@ def size_lines(report: dict[str, Any]) -> list[str]:
         line += f", {storage['model_ratio']:.2f}x smaller than FP32"
     if storage["gemm_ratio"]:
         line += f"; compressed GEMMs {storage['gemm_ratio']:.2f}x"
+    return [line, *packed_lines(storage)]
+
+
+def packed_lines(storage: dict[str, Any]) -> list[str]:
+    """The packed weights, with the paper's figure for the same kind of layers."""
+    if not storage.get("packed_bytes"):
+        return []
+    line = (
+        f"packed: weights.safetensors {in_bytes(storage['packed_bytes'])}, "
+        f"{storage['packed_model_ratio']:.2f}x smaller than FP32"
+    )
+    if storage["packed_gemm_ratio"]:
+        line += (
+            f"; GEMMs {storage['packed_gemm_ratio']:.2f}x, "
+            f"{storage['packed_gemm_ratio_with_scales']:.2f}x with their scales"
+        )
+    if paper := storage["paper_gemm_ratio"]:
+        printed, derived = paper["printed"], paper["derived"]
+        line += f" (the paper: {printed:g}x"
+        line += f", {derived:g}x by its own bits)" if derived != printed else ")"
     return [line]
 
 

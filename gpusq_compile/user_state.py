@@ -1,0 +1,87 @@
+"""The weights of a compiled graph under the names that they have in the user's model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.fx
+
+from gpusq_compile.graph.as_json import graph_tensors
+from gpusq_compile.plan import planned
+from gpusq_compile.quantization.operators import DEQUANTIZE
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """The `rows` of a parameter that was split, as the tensor of the graph that holds them."""
+
+    tensor: str
+    rows: tuple[int, ...]
+
+
+def user_state_dict(
+    graph_module: torch.fx.GraphModule, shapes: Mapping[str, Sequence[int]]
+) -> dict[str, torch.Tensor]:
+    """Float weights of the user's names and `shapes`, pruned and rounded as deployed.
+
+    A layer that was split into parts is put together again. Parameters that the graph does not
+    read are left out.
+    """
+    return user_tensors(
+        graph_tensors(graph_module), weight_scales(graph_module), parts_of(graph_module), shapes
+    )
+
+
+def user_tensors(
+    tensors: Mapping[str, torch.Tensor],
+    scales: Mapping[str, str],
+    parts: Mapping[str, Sequence[StoredRows]],
+    shapes: Mapping[str, Sequence[int]],
+) -> dict[str, torch.Tensor]:
+    """`user_state_dict` of a graph's tensors by name.
+
+    `scales` names the scale of each integer weight. Rows of a split parameter that no part holds
+    were read by nothing; they are zero.
+    """
+
+    def value_of(name: str) -> torch.Tensor:
+        value = tensors[name]
+        return DEQUANTIZE(value, tensors[scales[name]]) if name in scales else value
+
+    state = {}
+    for name, shape in shapes.items():
+        if name in parts:
+            whole = torch.zeros(tuple(shape))
+            for part in parts[name]:
+                whole[list(part.rows)] = value_of(part.tensor).float()
+            state[name] = whole
+        elif name in tensors:
+            state[name] = value_of(name).reshape(tuple(shape))
+    return state
+
+
+def weight_scales(graph_module: torch.fx.GraphModule) -> dict[str, str]:
+    """The name of each stored integer weight's scale, by the weight's name."""
+    return {
+        str(node.args[0].target): str(node.args[1].target)
+        for node in graph_module.graph.nodes
+        if node.target is DEQUANTIZE and node.args[0].op == "get_attr"
+    }
+
+
+def parts_of(graph_module: torch.fx.GraphModule) -> dict[str, list[StoredRows]]:
+    """For each parameter that was split, its parts in graph order."""
+    found: dict[str, list[StoredRows]] = {}
+    for node, plan in planned(graph_module.graph):
+        if plan.part is None:
+            continue
+        weights = found.setdefault(plan.part.weight, [])
+        weights.append(StoredRows(plan.weight, plan.part.rows))
+        if plan.part.bias is not None:
+            bias = node.args[2]
+            assert isinstance(bias, torch.fx.Node)
+            biases = found.setdefault(plan.part.bias, [])
+            biases.append(StoredRows(str(bias.target), plan.part.rows))
+    return found
