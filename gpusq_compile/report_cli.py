@@ -17,17 +17,32 @@ from gpusq_compile.output import REPORT
 
 SUPPORTED_SCHEMA = 1
 EXIT_INTERRUPTED = 130
+DAMAGE = (LookupError, TypeError, AttributeError, ValueError)
+"""What a report raises that is not as this version writes it."""
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option(
+    "--log",
+    "logs",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="What trtexec printed when it built the engine elsewhere, or its --exportLayerInfo. Those "
+    "in FOLDER/engine are read anyway.",
+)
+@click.option(
     "--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True
 )
 @click.version_option(__version__, prog_name="gpusq-report")
-def command(folder: Path, form: str) -> None:
-    """Show the report of the run whose output folder is FOLDER."""
-    report = read_report(folder)
+def command(folder: Path, logs: tuple[Path, ...], form: str) -> None:
+    """Show the report of the run whose output folder is FOLDER.
+
+    With the logs of an engine that build_engine.sh built, it says which layers got sparse kernels,
+    and why others got none. report.json stays as it is.
+    """
+    report = add_logs(read_report(folder), folder, logs)
     if form == "json":
         write_out(json.dumps(report, indent=2) + "\n", sys.stdout)
         return
@@ -41,14 +56,48 @@ def command(folder: Path, form: str) -> None:
                 failure = f"{report['error']['code']}: {report['error']['message']}"
                 console.print(failure, markup=False, soft_wrap=True)
             show_report(report, console)
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise InputError(
-            "report-damaged",
-            f"{report_file(folder)} is not as this version writes it: "
-            f"{type(error).__name__}: {error}",
-            hint="run gpusq-compile again, or look at the file with --format json",
-        ) from None
+    except DAMAGE as error:
+        raise damaged(folder, error) from None
     write_out(shown.get(), sys.stdout)
+
+
+def add_logs(report: dict[str, Any], folder: Path, given: tuple[Path, ...]) -> dict[str, Any]:
+    """The report with what the logs say; of a log in the folder that says nothing a warning.
+
+    Raises:
+        InputError: a log that was given cannot be read, or is of another model.
+    """
+    found = find_logs(report_file(folder).parent)
+    if not found and not given:
+        return report
+    # These alone need torch, whose import takes longer than everything else here.
+    from gpusq_compile.report.engine_logs import read_logs, with_logs
+
+    try:
+        builds, faults = read_logs(report, found, given)
+        report = with_logs(report, builds)
+    except DAMAGE as error:
+        raise damaged(folder, error) from None
+    for fault in faults:
+        click.echo(f"warning: {fault}", err=True)
+    return report
+
+
+def find_logs(folder: Path) -> list[Path]:
+    """The logs in an output folder, and layer information that has no log beside it."""
+    engine = folder / "engine"
+    logs = sorted(engine.glob("*.log"))
+    with_log = {path.name.removesuffix(".log") for path in logs}
+    infos = sorted(engine.glob("*.layers.json"))
+    return [*logs, *(p for p in infos if p.name.removesuffix(".layers.json") not in with_log)]
+
+
+def damaged(folder: Path, error: Exception) -> InputError:
+    return InputError(
+        "report-damaged",
+        f"{report_file(folder)} is not as this version writes it: {type(error).__name__}: {error}",
+        hint="run gpusq-compile again, or look at the file with --format json",
+    )
 
 
 def report_file(folder: Path) -> Path:

@@ -18,12 +18,7 @@ import torch.fx
 from gpusq_compile.attention_plan import ATTENTION_PLAN, plan_attention, planned_attentions
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.data import require_calibration_data, require_train_data
-from gpusq_compile.execution import (
-    Precision,
-    execution,
-    misses_int4_hardware,
-    takes_sparse_kernels,
-)
+from gpusq_compile.execution import Precision, execution, misses_int4_hardware, takes_sparse_kernels
 from gpusq_compile.graph.attention import Attention, find_attentions
 from gpusq_compile.graph.query import (
     WEIGHTED_OPS,
@@ -322,8 +317,8 @@ def settled_output(
     if quantize is None or quantize.output != "auto":
         return quantize
     integer = "none" not in (quantize.weight, quantize.activation)
-    sparse = sparsity is not None and takes_sparse_kernels(sparsity.pattern)
-    needed = integer and sparse and set(compute) != {"sm90"}
+    sparse = integer and sparsity is not None and takes_sparse_kernels(sparsity.pattern)
+    needed = sparse and set(compute) != {"sm90"}
     return quantize.model_copy(update={"output": "int8" if needed else "none"})
 
 

@@ -64,7 +64,8 @@ class TestRealRun:
         run, _ = real
         said = re.compile(
             r"the model file prints this|compiling |top-1|passes|layers|fine-tune |"
-            r"ONNX Runtime against|stored layers: |size: |packed: |wrote |[┏┃┡│├└]"
+            r"ONNX Runtime against|sparse kernels|stored layers: |compute: |"
+            r"equivalent FLOPs: |size: |packed: |wrote |[┏┃┡│├└]"
         )
         assert [line for line in run.err.splitlines() if not said.match(line)] == []
 

@@ -27,32 +27,58 @@ echo -- >>"$CALLS"
 for argument in "$@"; do
   case "$argument" in --saveEngine=*) echo plan >"${argument#--saveEngine=}" ;; esac
 done
-echo "[V] [TRT] (Sparsity) Found 3 layer(s) eligible to use sparse tactics"
+median=1.5
+case "$*" in *--sparsity=enable*) median=1.2
+  case @VERSION@ in
+    8*)
+      echo "[I] [TRT] (Sparsity) Layers eligible for sparse math: fc1, fc2"
+      echo "[I] [TRT] (Sparsity) TRT inference plan picked sparse implementation for layers: fc1" ;;
+    *)
+      echo "[V] [TRT] (Sparsity) Found 9 layer(s) eligible to use sparse tactics"
+      echo "[V] [TRT] (Sparsity) Found 3 layer(s) eligible to use sparse tactics"
+      echo "[V] [TRT] (Sparsity) Chose 1 layer(s) using sparse tactics" ;;
+  esac
+  echo "Name: fc1_myl0_3, LayerType: gemm, Inputs: [ { Name: x, Dimensions: [8,64] }], Outputs: \
+[ { Name: y, Dimensions: [8,64] }], TacticName: sm80_xmma_sparse_gemm_i8i8_i8i32_f32, StreamId: 0"
+  echo "Name: fc2, LayerType: gemm, Inputs: [], Outputs: [], TacticName: sm80_xmma_gemm_i8i8, X: 0"
+esac
 echo "[I] Throughput: 1234.5 qps"
-echo "[I] GPU Compute Time: min = 0.5 ms, max = 0.6 ms, mean = 0.55 ms"
+echo "[I] GPU Compute Time: min = 0.5 ms, max = 0.6 ms, mean = 0.55 ms, median = $median ms, \
+percentile(99%) = 0.6 ms"
+echo "[I] Total GPU Compute Time: 3.1 s"
 exit @EXIT@
 """
 
+RUNS = (
+    "--builderOptimizationLevel --profilingVerbosity --noDataTransfers --useCudaGraph "
+    "--useSpinWait --verbose --sparsity"
+)
 HELPS = {
-    "8601": "--int8 --fp16 Enable precisions",
-    "101300": "--fp16 --int8 --stronglyTyped Create a strongly typed network.",
-    "110000": "--stronglyTyped Always on.",
-    "110400": "--sparsity=spec Control sparsity.",
+    "8601": f"--int8 --fp16 Enable precisions {RUNS}",
+    "101300": f"--fp16 --int8 --stronglyTyped Create a strongly typed network. {RUNS}",
+    "110000": f"--stronglyTyped Always on. {RUNS}",
+    "110400": f"--sparsity=spec Control sparsity. {RUNS}",
 }
 
 
 def run(
-    folder: Path, text: str, *, version: str = "101300", code: int = 0, trtexec: bool = True
+    folder: Path,
+    text: str,
+    *,
+    version: str = "101300",
+    code: int = 0,
+    trtexec: bool = True,
+    said: str | None = None,
 ) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
     """Run the script in a PATH that holds the fake trtexec; its result and the calls made."""
     tools = folder / "bin"
     tools.mkdir()
-    for tool in ("bash", "dirname", "mkdir", "mv", "rm", "sed", "grep", "tail", "env"):
+    for tool in ("bash", "dirname", "mkdir", "mv", "rm", "sed", "grep", "tail", "env", "awk"):
         found = shutil.which(tool)
         assert found is not None
         (tools / tool).symlink_to(found)
     if trtexec:
-        fake = FAKE_TRTEXEC.replace("@VERSION@", version).replace("@HELP@", HELPS[version])
+        fake = FAKE_TRTEXEC.replace("@VERSION@", version).replace("@HELP@", said or HELPS[version])
         (tools / "trtexec").write_text(fake.replace("@EXIT@", str(code)))
         (tools / "trtexec").chmod(0o755)
     out = folder / "out put"
@@ -82,18 +108,18 @@ def test_ten_x_builds_the_sparse_and_the_dense_engine_and_times_both(tmp_path: P
     expected = [
         "--onnx=model.onnx",
         "--stronglyTyped",
-        "--sparsity=enable",
         "--builderOptimizationLevel=4",
         "--profilingVerbosity=detailed",
+        "--noDataTransfers",
+        "--useCudaGraph",
+        "--useSpinWait",
+        "--verbose",
+        "--sparsity=enable",
         "--exportLayerInfo=engine/model.trt.layers.json",
         "--saveEngine=engine/.model.trt.plan.partial",
         "--minShapes=x:1x3x224x224",
         "--optShapes=x:8x3x224x224",
         "--maxShapes=x:32x3x224x224",
-        "--noDataTransfers",
-        "--useCudaGraph",
-        "--useSpinWait",
-        "--verbose",
     ]
     dense = [
         line.replace("model.trt", "model.trt.dense").replace("=enable", "=disable")
@@ -108,7 +134,48 @@ def test_ten_x_builds_the_sparse_and_the_dense_engine_and_times_both(tmp_path: P
         "model.trt.plan",
     ]
     assert done.stdout.count("GPU Compute Time: min = 0.5 ms") == 2
-    assert done.stdout.count("(Sparsity) Found 3") == 2
+    assert done.stdout.count("(Sparsity) Found 3") == 1
+
+
+@pytest.mark.parametrize("version", HELPS)
+def test_it_ends_with_the_ratio_and_the_sparse_layers(tmp_path: Path, version: str) -> None:
+    done, _ = run(tmp_path, build_script((), BatchRange(1, 4, 8), SHAPE), version=version)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    said = lines[lines.index("sparse kernels:") :]
+    if version == "8601":
+        assert said[1].endswith("eligible for sparse math: fc1, fc2")
+        assert said[2].endswith("picked sparse implementation for layers: fc1")
+    else:
+        # Said for every selection of tactics; the last one holds.
+        assert said[1].endswith("Found 3 layer(s) eligible to use sparse tactics")
+        assert said[2].endswith("Chose 1 layer(s) using sparse tactics")
+    assert said[3] == "  fc1_myl0_3"
+    assert "gpusq-report" in said[4]
+    assert said[5] == (
+        "median GPU time at batch 4: sparse 1.2 ms, dense 1.5 ms, sparse/dense 0.800 "
+        "(1.25x as fast)"
+    )
+    assert len(said) == 6
+
+
+def test_an_option_that_this_trtexec_lacks_is_left_out_and_said(tmp_path: Path) -> None:
+    fewer = HELPS["8601"].replace("--builderOptimizationLevel ", "")
+    text = build_script((), BatchRange(), SHAPE)
+    done, calls = run(tmp_path, text, version="8601", said=fewer)
+    assert done.returncode == 0, done.stderr
+    assert not any("builderOptimizationLevel" in line for line in calls[0])
+    assert "--useSpinWait" in calls[0]
+    assert "warning: this trtexec has no --builderOptimizationLevel" in done.stderr
+
+
+def test_a_failing_old_trtexec_is_said_to_be_too_old(tmp_path: Path) -> None:
+    text = build_script((), BatchRange(), SHAPE)
+    done, _ = run(tmp_path, text, version="8601", code=1)
+    assert done.returncode == 1
+    assert (
+        "TensorRT 8.6 has no FP16 scales and no opset 21: use TensorRT 10 or later" in done.stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -198,9 +265,25 @@ def test_bash_accepts_it(tmp_path: Path) -> None:
         build_script(("sm89",), BatchRange(), SHAPE),
         build_script((), BatchRange(), {}, sparse=False, half=False),
     ):
-        assert "@" not in text.replace('${typing[@]+"${typing[@]}"}', "")
+        for array in ("typing", "options"):
+            text = text.replace(f'${{{array}[@]+"${{{array}[@]}}"}}', "$known")
+        assert "@" not in text
         script.write_text(text)
         subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+def test_shellcheck_finds_nothing(tmp_path: Path) -> None:
+    shellcheck = shutil.which("shellcheck")
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed")
+    script = tmp_path / "build_engine.sh"
+    for text in (
+        build_script(("sm89",), BatchRange(), SHAPE),
+        build_script((), BatchRange(), {}, sparse=False, half=False),
+    ):
+        script.write_text(text)
+        done = subprocess.run([shellcheck, str(script)], capture_output=True, text=True)
+        assert done.stdout == ""
 
 
 def test_a_dynamic_dimension_beside_the_batch_is_refused() -> None:

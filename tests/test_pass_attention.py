@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from gpusq_compile.attention_plan import AttentionPlan, planned_attentions
 from gpusq_compile.compilation import Compilation
+from gpusq_compile.compute import compute_figures
 from gpusq_compile.graph.query import module_calls
 from gpusq_compile.lowering.check_attention import check_attentions
 from gpusq_compile.lowering.runtime import open_session, run_session
@@ -73,9 +74,6 @@ def plan_of(compilation: Compilation) -> AttentionPlan:
 
 def attention_rule(**quantize: Any) -> dict[str, Any]:
     return {**ATTENTION_INT8, "quantize": {**ATTENTION_INT8["quantize"], **quantize}}
-
-
-# --- mark ----------------------------------------------------------------------------------------
 
 
 def test_an_attention_is_planned_under_its_modules_name() -> None:
@@ -176,8 +174,6 @@ def test_a_weight_asked_of_an_attention_is_told_to_be_none() -> None:
     assert plan_of(compilation).quantize is not None
 
 
-# --- split and quantize --------------------------------------------------------------------------
-
 SEEN = torch.eye(6, dtype=torch.bool) | (noise(6, 6) > 0)
 
 
@@ -256,9 +252,6 @@ def test_the_fine_tune_reaches_every_scale_of_an_attention() -> None:
         assert float(module.log_scale.grad.abs()) > 0, name
 
 
-# --- the file ------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def verified(tmp_path_factory: pytest.TempPathFactory) -> Compilation:
     model = mixing(fused(attn_mask=SEEN))
@@ -321,9 +314,6 @@ def test_a_file_that_breaks_a_promise_is_told_which(verified: Compilation) -> No
     assert check_attentions(model, [plan]) == ["attn: no node attn/av in the file"]
 
 
-# --- engines -------------------------------------------------------------------------------------
-
-
 @pytest.mark.skipif(bool(MISSING), reason=MISSING or "tensorrt_rtx is here")
 def test_each_size_of_head_is_one_int8_kernel_and_others_are_refused(tmp_path: Path) -> None:
     model = seeded(Stack, (8, 4, 2, 16), dim=128)
@@ -367,3 +357,10 @@ def test_a_refused_attention_is_no_part_of_the_engines_promises(verified: Compil
     assert compilation.engine is not None
     assert compilation.engine.targets == {}
     assert compilation.records[-1].matched == 4
+
+
+def test_products_in_int8_count_as_such(verified: Compilation) -> None:
+    entries = compute_figures(verified.ir, "fp16").entries
+    products = [entry for entry in entries if entry.kind == "attention"]
+    assert products
+    assert {(entry.weight, entry.activation) for entry in products} == {("int8", "int8")}

@@ -183,6 +183,8 @@ def test_a_layer_that_cannot_be_compressed_is_left_whole_with_the_reason(name: s
         (["sm90"], SPARSE, "int8", None),
         (["sm80"], "none", "int8", None),
         (["sm80"], SPARSE, "none", None),
+        (["sm80"], {"pattern": "portable"}, "int8", "int8"),
+        (["sm80"], {"pattern": "pair4:8"}, "int8", None),
     ],
 )
 def test_an_automatic_output_is_int8_where_sparse_kernels_of_the_target_write_nothing_else(

@@ -12,6 +12,7 @@ import pytest
 
 from gpusq_compile import __version__, report_cli
 from tests.command_line import ONE_SHOT, TINY, Run, compile_here
+from tests.engine_logs import DATA, make_report
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def test_it_shows_what_the_run_itself_showed(
     assert run.out.startswith(f"{TINY}: ok\n")
     again = compile_here(monkeypatch, capsys, TINY, *ONE_SHOT, "-o", finished)
     tables = [line for line in again.err.splitlines() if "mlp" in line or "top-1: " in line]
-    assert len(tables) == 2
+    assert len(tables) == 3
     for line in tables:
         assert line in run.out
 
@@ -82,6 +83,88 @@ def test_a_failed_run_is_shown_with_its_error(tmp_path: Path, finished: Path, sh
     assert run.code == 0
     assert "failed\nverify: fc1: [not] 2:4\n" in run.out
     assert "(none)" in run.out
+
+
+def with_engine_logs(finished: Path, folder: Path, **logs: str) -> Path:
+    """The finished run as if it had the layers that the logs of tests/data/engine are of."""
+    report = json.loads((finished / "report.json").read_text())
+    report["layers"] = make_report()["layers"]
+    (folder / "engine").mkdir()
+    (folder / "report.json").write_text(json.dumps(report))
+    for name, source in logs.items():
+        file = f"model.{name.replace('_', '.')}.log"
+        (folder / "engine" / file).write_bytes((DATA / source).read_bytes())
+    return folder
+
+
+def test_logs_in_the_engine_folder_are_read_and_the_report_stays(
+    tmp_path: Path, finished: Path, shown: Any
+) -> None:
+    logs = {"trt": "trtexec_10_block.log", "trt_dense": "trtexec_10_block.dense.log"}
+    folder = with_engine_logs(finished, tmp_path, **logs)
+    before = (folder / "report.json").read_bytes()
+    run = shown(folder)
+    assert (run.code, run.err) == (0, "")
+    assert "sparse kernels" in run.out
+    assert "no sparse kernel for 2 layers: its output is not INT8" in run.out
+    assert "model.trt: 1 ms with sparse kernels, 1.3 ms without: 1.30x" in run.out
+    assert (folder / "report.json").read_bytes() == before
+    merged = json.loads(shown(folder, "--format", "json").out)
+    assert [entry["sparse"] for entry in merged.pop("engine_logs")] == [False, True]
+    assert [layer.pop("sparse_kernel")["picked"] for layer in merged["layers"]] == [
+        "yes",
+        "no",
+        "yes",
+        "no",
+    ]
+    own = json.loads(before)
+    assert merged == own | {
+        "layers": [{k: v for k, v in x.items() if k != "sparse_kernel"} for x in own["layers"]]
+    }
+
+
+def test_a_log_elsewhere_is_named_by_an_option(tmp_path: Path, finished: Path, shown: Any) -> None:
+    folder = with_engine_logs(finished, tmp_path)
+    run = shown(folder, "--log", DATA / "trtexec_8_block.log")
+    assert (run.code, run.err) == (0, "")
+    assert "TensorRT 8.6.1 for sm86" in run.out
+    info = shown(folder, "--log", DATA / "inspector_11_block.json")
+    assert info.code == 0
+    assert "inspector_11_block.json: TensorRT; " in info.out
+
+
+def test_a_log_that_says_nothing_is_a_warning_if_found_and_an_error_if_given(
+    tmp_path: Path, finished: Path, shown: Any
+) -> None:
+    folder = with_engine_logs(finished, tmp_path, trt="rtx_fp16.log")
+    (folder / "engine" / "cut.log").write_text("&&&& RUNNING TensorRT.trtexec [TensorRT v101300]")
+    (folder / "engine" / "x.layers.json").write_text("{")
+    run = shown(folder)
+    assert run.code == 0
+    assert "warning: error[engine-log-cut]" in run.err
+    assert "warning: error[layer-info-damaged]" in run.err
+    assert "engine/model.trt.log" in run.out
+    given = shown(folder, "--log", folder / "engine" / "cut.log")
+    assert (given.code, given.out) == (2, "")
+    assert "error[engine-log-cut]" in given.err
+    missing = shown(folder, "--log", folder / "none.log")
+    assert missing.code == 2
+    assert "error[engine-log-unreadable]" in missing.err
+
+
+def test_a_report_of_an_earlier_version_takes_logs_too(
+    tmp_path: Path, finished: Path, shown: Any
+) -> None:
+    folder = with_engine_logs(finished, tmp_path, trt="trtexec_8_block.log")
+    report = json.loads((folder / "report.json").read_text())
+    for key in ("compute", "target"):
+        del report[key]
+    for layer in report["layers"]:
+        del layer["sparse_kernel"]
+    (folder / "report.json").write_text(json.dumps(report))
+    run = shown(folder)
+    assert (run.code, run.err) == (0, "")
+    assert "TensorRT 8.6.1 for sm86" in run.out
 
 
 def test_numbers_that_were_not_finite_are_shown(tmp_path: Path, finished: Path, shown: Any) -> None:

@@ -15,6 +15,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from gpusq_compile.engine.report import Answer, GemmInEngine, MarkedGemm, Status
+from gpusq_compile.engine.sparsity_statements import (
+    ELIGIBLE,
+    PICKED,
+    SparsityNames,
+    read_statement,
+)
 
 _LAYER = re.compile(
     r"Name: (?P<name>.+?), LayerType: (?P<kind>[^,]+), "
@@ -24,7 +30,7 @@ _LAYER = re.compile(
 )
 _TENSOR = re.compile(r"\{ Name: (?P<name>.*?), .*?Dimensions: \[(?P<dims>[^\]]*)\](?P<rest>.*?)\}")
 _DATATYPE = re.compile(r"Datatype: (?P<text>[^,}]*)")
-_METADATA = re.compile(r"\[ONNX Layer: (.*?)\](?=\s*(?:\x1e|\x1f|\[ONNX Layer: |$))")
+METADATA = re.compile(r"\[ONNX Layer: (.*?)\](?=\s*(?:\x1e|\x1f|\[ONNX Layer: |$))")
 _PARSED_NODE = re.compile(r"Parsing node: (?P<name>.*) \[(?P<op>\w+)\]$")
 _TACTIC = re.compile(r"TacticName: ([^,]*)")
 _WEIGHTS = re.compile(r'Weights: \{"Type": "(\w+)", "Count": (\d+)\}')
@@ -43,10 +49,12 @@ _DATATYPES = (
     ("int64", re.compile(r"\bint64\b", re.I)),
     ("bool", re.compile(r"\bbool\b", re.I)),
 )
-# Kernel names give the types of the two operands first: sm80_xmma_gemm_i8i8_i8i32_f32_tn_n_...
-_KERNEL_OPERANDS = re.compile(r"_(i8i8|f16f16|bf16bf16|tf32tf32|f32f32|e4m3e4m3)_")
+# Kernel names give the types of operand and output first: sm80_xmma_gemm_i8i8_i8i32_f32_tn_n_...
+_KERNEL_OPERANDS = re.compile(r"_(i8i8|i8f16|i8f32|f16f16|bf16bf16|tf32tf32|f32f32|e4m3e4m3)_")
 _KERNEL_TYPES = {
     "i8i8": "int8",
+    "i8f16": "int8",
+    "i8f32": "int8",
     "f16f16": "fp16",
     "bf16bf16": "bf16",
     "tf32tf32": "fp32",
@@ -64,22 +72,6 @@ _GEMM_KINDS = (
 )
 _GEMM_OPS = frozenset({"MatMul", "Gemm", "Conv"})
 _WIDTH = {"int4": 0, "fp4": 0, "int8": 1, "fp8": 1, "fp16": 2, "bf16": 2, "fp32": 4}
-
-_SPARSITY_ELIGIBLE = (
-    re.compile(r"\(Sparsity\) Layers eligible for sparse math:(?P<names>.*)$"),
-    re.compile(
-        r"\(Sparsity\) Found (?P<count>\d+) layer\(s\) eligible to use sparse tactics"
-        r"(?::(?P<names>.*))?$"
-    ),
-)
-_SPARSITY_PICKED = (
-    re.compile(
-        r"\(Sparsity\) TRT inference plan picked sparse implementation for layers:(?P<names>.*)$"
-    ),
-    re.compile(
-        r"\(Sparsity\) Chose (?P<count>\d+) layer\(s\) using sparse tactics(?::(?P<names>.*))?$"
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -121,6 +113,10 @@ class EngineLayer:
         match = re.match(r"__myl_(\w+?)_myl\d", self.name)
         return tuple(re.findall(r"[A-Z][a-z0-9]*", match[1])) if match else ()
 
+    def has_sparse_kernel(self) -> bool:
+        """Whether the name of its kernel says that it multiplies sparse weights."""
+        return self.tactic is not None and "sparse" in self.tactic
+
     def is_gemm(self) -> bool:
         kind = self.kind.replace("_", "").lower()
         return (
@@ -128,14 +124,6 @@ class EngineLayer:
             or "Fc" in self.fused_ops()
             or self.name.startswith("_gemm_")
         )
-
-
-@dataclass(frozen=True)
-class SparsityNames:
-    """One of the builder's two sparsity statements: how many layers, and which where it says."""
-
-    count: int
-    names: tuple[str, ...] | None
 
 
 @dataclass(frozen=True)
@@ -172,8 +160,8 @@ def parse_builder_log(messages: Iterable[str]) -> BuilderLog:
             else:
                 layers[layer.name] = layer
         elif "(Sparsity)" in line:
-            eligible = _sparsity(line, _SPARSITY_ELIGIBLE) or eligible
-            picked = _sparsity(line, _SPARSITY_PICKED) or picked
+            eligible = read_statement(line, ELIGIBLE) or eligible
+            picked = read_statement(line, PICKED) or picked
         elif match := _PARSED_NODE.search(line):
             onnx_ops[match["name"]] = match["op"]
     return BuilderLog(tuple(layers.values()), onnx_ops, eligible, picked, unread)
@@ -190,7 +178,8 @@ def _lines(messages: Iterable[str]) -> Iterable[str]:
             yield _LOG_PREFIX.sub("", line).strip(" \r")
 
 
-def _dtype(text: str) -> str:
+def dtype_of(text: str) -> str:
+    """The type that a tensor's format names, "int8", "fp16", ..., or "unknown"."""
     for name, pattern in _DATATYPES:
         if pattern.search(text):
             return name
@@ -203,7 +192,7 @@ def _tensors(text: str | None) -> tuple[EngineTensor, ...]:
         datatype = _DATATYPE.search(match["rest"])
         dims = tuple(int(d) for d in match["dims"].split(",") if d.strip())
         found.append(
-            EngineTensor(match["name"], dims, _dtype(datatype["text"]) if datatype else "unknown")
+            EngineTensor(match["name"], dims, dtype_of(datatype["text"]) if datatype else "unknown")
         )
     return tuple(found)
 
@@ -226,32 +215,22 @@ def _layer(line: str) -> EngineLayer | None:
         constants=_tensors(match["constants"]),
         outputs=_tensors(match["outputs"]),
         tactic=named or None,
-        onnx_nodes=tuple(_METADATA.findall(metadata)),
-        weight_dtype=_dtype(weights[1]) if weights and int(weights[2]) else None,
+        onnx_nodes=tuple(METADATA.findall(metadata)),
+        weight_dtype=dtype_of(weights[1]) if weights and int(weights[2]) else None,
         sparse_weights=sparse[1] == "1" if sparse else None,
     )
 
 
-def _sparsity(line: str, patterns: Sequence[re.Pattern[str]]) -> SparsityNames | None:
-    for pattern in patterns:
-        if match := pattern.search(line):
-            groups = match.groupdict()
-            listed = groups["names"]
-            names = None
-            if listed is not None:
-                names = tuple(n.strip() for n in listed.split(", ") if n.strip())
-            count = groups.get("count")
-            return SparsityNames(int(count) if count is not None else len(names or ()), names)
-    return None
+def _all_sparse_kernels_named(log: BuilderLog) -> bool:
+    """Whether kernel names tell of as many sparse layers as the builder says that it chose."""
+    named = sum(layer.has_sparse_kernel() for layer in log.layers)
+    return log.picked is not None and named == log.picked.count
 
 
-def _own_name(layer: str) -> str:
-    """The engine layer's name without Myelin's suffix: `blocks.0.attn.qkv_myl0_4`."""
-    return re.sub(r"_myl\d+_\d+$", "", layer)
-
-
-def _name_parts(layer: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in _own_name(layer).split(" + "))
+def name_parts(layer: str) -> tuple[str, ...]:
+    """The parts of a fused name, without Myelin's suffix: `fc1 + act`, `attn.qkv_myl0_4`."""
+    own = re.sub(r"_myl\d+_\d+$", "", layer)
+    return tuple(part.strip() for part in own.split(" + "))
 
 
 def _holders(log: BuilderLog, name: str) -> list[EngineLayer]:
@@ -263,9 +242,9 @@ def _holders(log: BuilderLog, name: str) -> list[EngineLayer]:
     listed = [
         layer
         for layer in log.layers
-        if layer.is_gemm() and (name in layer.onnx_nodes or name in _name_parts(layer.name))
+        if layer.is_gemm() and (name in layer.onnx_nodes or name in name_parts(layer.name))
     ]
-    named = [layer for layer in listed if name in _name_parts(layer.name)]
+    named = [layer for layer in listed if name in name_parts(layer.name)]
     if named:
         return named
     alone = [
@@ -353,8 +332,10 @@ def _find(log: BuilderLog, gemm: MarkedGemm) -> GemmInEngine:
             eligible = "yes"
         elif flags == {False}:
             eligible = "no"
-    if picked == "unknown" and any(layer.tactic and "sparse" in layer.tactic for layer in holders):
+    if picked == "unknown" and any(layer.has_sparse_kernel() for layer in holders):
         picked = "yes"
+    elif picked == "unknown" and holders and _all_sparse_kernels_named(log):
+        picked = "no"
     types = [_compute_type(layer) for layer in holders]
     actual = "unknown" if not types or "unknown" in types else max(types, key=_width)
     status, reason = _judge(log, gemm, holders, types, actual)
@@ -483,8 +464,8 @@ def _sparsity_answer(
         return "no" if said.count == 0 else "unknown"
     own = {layer.name for layer in holders}
     for entry in said.names:
-        if entry in own or name in _name_parts(entry):
+        if entry in own or name in name_parts(entry):
             return "yes"
     known = {layer.name for layer in log.layers} | set(log.onnx_ops)
-    readable = all(e in known or known.intersection(_name_parts(e)) for e in said.names)
+    readable = all(e in known or known.intersection(name_parts(e)) for e in said.names)
     return "no" if readable and said.count == len(said.names) else "unknown"

@@ -37,19 +37,38 @@ if [ ! -f @ONNX@ ]; then
   exit 2
 fi
 @CHECK_GPU@
-# 10.x wants to be told that the file's types are binding; 11.x knows no other way; 8.6 has no such
-# option and needs the precisions allowed one by one.
+# 10.x wants to be told that the file's types are binding; 11.x knows no other way and has dropped
+# the builder's precision flags; 8.6 has no such option and needs the precisions allowed one by one.
 help="$("$trtexec" --help 2>&1 || true)"
 version="$(printf '%s\n' "$help" | sed -n 's/.*\[TensorRT v\([0-9][0-9]*\)\].*/\1/p' | sed -n 1p)"
+old=""
 typing=()
 if [ -n "$version" ] && [ "$version" -ge 110000 ]; then
   :
 elif [[ "$help" == *--stronglyTyped* ]]; then
   typing=(--stronglyTyped)
 elif [[ "$help" == *--int8* ]]; then
+  old="yes"
   typing=(@WEAK@)
-  echo "warning: this trtexec predates TensorRT 10; it may not read an ONNX file of opset 21." >&2
+  echo "warning: this trtexec predates TensorRT 10: it reads ONNX up to opset 17, and" >&2
+  echo "  @ONNX_TEXT@ has opset 21. @WEAK@ lets the builder choose the types." >&2
 fi
+
+# What a version does not know is left out, and said: an unknown option ends trtexec.
+options=()
+for option in \
+  --builderOptimizationLevel=4 \
+  --profilingVerbosity=detailed \
+  --noDataTransfers \
+  --useCudaGraph \
+  --useSpinWait \
+  --verbose; do
+  if [[ -z "$help" || "$help" == *"${option%%=*}"* ]]; then
+    options+=("$option")
+  else
+    echo "warning: this trtexec has no ${option%%=*}; it is left out." >&2
+  fi
+done
 
 mkdir -p engine
 partial=""
@@ -62,18 +81,16 @@ build() {
   if ! "$trtexec" \
     --onnx=@ONNX@ \
     ${typing[@]+"${typing[@]}"} \
+    ${options[@]+"${options[@]}"} \
     "--sparsity=$sparsity" \
-    --builderOptimizationLevel=4 \
-    --profilingVerbosity=detailed \
     "--exportLayerInfo=engine/$name.layers.json" \
     "--saveEngine=$partial" \
-@SHAPES@    --noDataTransfers \
-    --useCudaGraph \
-    --useSpinWait \
-    --verbose \
-    >"engine/$name.log" 2>&1; then
+@SHAPES@    >"engine/$name.log" 2>&1; then
     echo "error: trtexec failed; the end of engine/$name.log:" >&2
     tail -n 30 -- "engine/$name.log" >&2
+    if [ -n "$old" ]; then
+      echo "TensorRT 8.6 has no FP16 scales and no opset 21: use TensorRT 10 or later." >&2
+    fi
     exit 1
   fi
   mv -f -- "$partial" "engine/$name.plan"
@@ -82,17 +99,55 @@ build() {
 
 show() {
   echo "engine/$1.plan:"
-  grep -E '\(Sparsity\)|Throughput:|GPU Compute Time: min' -- "engine/$1.log" || true
+  grep -E '\] Throughput:|\] GPU Compute Time: min' -- "engine/$1.log" || true
 }
 
-@BUILDS@"""
+@COMPARE@@BUILDS@"""
+
+_COMPARE = r"""# What the builder says of sparse kernels, the last time it says it, and each layer
+# whose kernel's name says that it is one.
+show_sparse() {
+  local kernels
+  echo "sparse kernels:"
+  for words in 'eligible' 'picked sparse|[Cc]hose'; do
+    grep -E "\(Sparsity\).*($words)" -- "engine/$1.log" | sed -n '$p' || true
+  done
+  kernels="$(sed -n \
+    's/.*Name: \(.*\), LayerType: .*TacticName: [^,]*sparse.*/  \1/p' "engine/$1.log")"
+  if [ -n "$kernels" ]; then
+    printf '%s\n' "$kernels"
+  fi
+  echo "  gpusq-report on this folder says it layer by layer, and why others have none."
+}
+
+# The median GPU time of one inference, in ms.
+median() {
+  sed -n 's/.*\] GPU Compute Time: min.* median = \([0-9.][0-9.]*\) ms.*/\1/p' \
+    "engine/$1.log" | sed -n '$p'
+}
+
+compare() {
+  local sparse dense
+  sparse="$(median "$1")"
+  dense="$(median "$2")"
+  if [ -n "$sparse" ] && [ -n "$dense" ]; then
+    awk -v s="$sparse" -v d="$dense" 'BEGIN {
+      printf "median GPU time@AT@: sparse %s ms, dense %s ms, ", s, d
+      printf "sparse/dense %.3f (%.2fx as fast)\n", s / d, d / s }'
+  else
+    echo "warning: a log has no GPU Compute Time, so there is nothing to compare." >&2
+  fi
+}
+
+"""
 
 _CHECK_GPU = r"""
 if command -v nvidia-smi >/dev/null 2>&1; then
   gpu="$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>&1 | sed -n '1s/\.//p' || true)"
-  case " @TARGETS@ " in
+  targets="@TARGETS@"
+  case " $targets " in
     *" sm$gpu "*) ;;
-    *) echo "warning: compiled for @TARGETS@, but this GPU is ${gpu:+sm}${gpu:-unknown}." >&2 ;;
+    *) echo "warning: compiled for $targets, but this GPU is ${gpu:+sm}${gpu:-unknown}." >&2 ;;
   esac
 fi
 """
@@ -116,19 +171,24 @@ def build_script(
 
     Raises InputError (engine-dynamic-shape).
     """
+    dynamic = any(shape and shape[0] is None for shape in inputs.values())
     stem = onnx.removesuffix(".onnx")
     names = [f"{stem}.trt"] + ([f"{stem}.trt.dense"] if sparse else [])
     kinds = ["enable", "disable"] if sparse else ["disable"]
     builds = [f"build {shlex.quote(n)} {kind}" for n, kind in zip(names, kinds, strict=True)]
     shows = [f"show {shlex.quote(n)}" for n in names]
+    if sparse:
+        shows += [f"show_sparse {shlex.quote(names[0])}", f"compare {shlex.join(names)}"]
     gpus = [t for t in targets if t != PORTABLE]
     check_gpu = _CHECK_GPU.replace("@TARGETS@", " ".join(gpus)) if gpus else ""
     fields = {
+        "@COMPARE@": _COMPARE if sparse else "",
         "@CHECK_GPU@": check_gpu,
         "@ONNX_TEXT@": onnx.replace('"', "").replace("$", "").replace("`", ""),
         "@ONNX@": shlex.quote(onnx),
         "@AGAINST@": ", sparse kernels against dense ones" if sparse else "",
         "@WEAK@": "--fp16 --int8" if half else "--int8",
+        "@AT@": f" at batch {batch.opt}" if dynamic else "",
         "@SHAPES@": _shapes(batch, inputs),
         "@BUILDS@": "\n".join([*builds, *shows]) + "\n",
     }

@@ -10,10 +10,13 @@ from typing import Any
 from gpusq_compile import __version__
 from gpusq_compile.attention_plan import AttentionPlan, planned_attentions
 from gpusq_compile.compilation import Compilation, PassRecord
+from gpusq_compile.compute import compute_figures
+from gpusq_compile.engine import GemmInEngine
 from gpusq_compile.errors import GpusqError
 from gpusq_compile.execution import execution
 from gpusq_compile.plan import LayerPlan, Treatment, planned
 from gpusq_compile.report.packed import packed_storage
+from gpusq_compile.report.sparse_chain import sparse_chain
 
 SCHEMA_VERSION = 1
 FP32_BYTES = 4
@@ -38,6 +41,7 @@ def make_report(
             "model": compilation.source.origin,
             "scope": compilation.network.scope,
             "rules": [str(source) for source in compilation.rules.sources],
+            "target": target_entry(compilation),
             "seed": compilation.options.seed,
             "device": compilation.options.device,
             "passes": [pass_entry(record) for record in compilation.records],
@@ -56,6 +60,7 @@ def make_report(
             "metrics": compilation.metrics,
             "verify": compilation.verify,
             "storage": storage(compilation, plans, model_file),
+            "compute": compute_entry(compilation),
             "engine": compilation.engine.as_dict() if compilation.engine else None,
         }
     )
@@ -78,7 +83,7 @@ def layer_entry(compilation: Compilation, plan: LayerPlan) -> dict[str, Any]:
     stored = compilation.stored.get(plan.name)
     kind, why = execution(plan, compilation.rules.target.precision)
     packed = compilation.packed.layers.get(plan.name) if compilation.packed else None
-    return {
+    entry = {
         "name": plan.name,
         "role": plan.role,
         "op": plan.op,
@@ -93,6 +98,15 @@ def layer_entry(compilation: Compilation, plan: LayerPlan) -> dict[str, Any]:
         "execution": {"kind": kind, "why": why},
         "engine": engine_entry(compilation, plan.name),
     }
+    target = target_entry(compilation)
+    built = gemm_by_target(compilation, plan.name)
+    entry["sparse_kernel"] = sparse_chain(
+        entry,
+        next(iter(built.values()), None),
+        precision=target["precision"],
+        targets=target["compute"],
+    )
+    return entry
 
 
 def attention_entry(compilation: Compilation, plan: AttentionPlan) -> dict[str, Any]:
@@ -122,15 +136,33 @@ def attention_entry(compilation: Compilation, plan: AttentionPlan) -> dict[str, 
     }
 
 
-def engine_entry(compilation: Compilation, layer: str) -> dict[str, Any]:
-    """The layer's type in the first engine, and in each of them by target."""
+def target_entry(compilation: Compilation) -> dict[str, Any]:
+    """The GPUs and the float type that the model was compiled for."""
+    target = compilation.rules.target
+    compute = compilation.options.targets or target.compute
+    return {"compute": list(compute), "precision": target.precision}
+
+
+def compute_entry(compilation: Compilation) -> dict[str, Any] | None:
+    """What one sample costs to compute, None before there is a graph."""
+    if compilation.graph is None:
+        return None
+    return compute_figures(compilation.graph, compilation.rules.target.precision).as_dict()
+
+
+def gemm_by_target(compilation: Compilation, layer: str) -> dict[str, GemmInEngine]:
     targets = compilation.engine.targets if compilation.engine else {}
-    found = {
+    return {
         target: gemm
         for target, engine in targets.items()
         for gemm in engine.gemms
         if gemm.name == layer
     }
+
+
+def engine_entry(compilation: Compilation, layer: str) -> dict[str, Any]:
+    """The layer's type in the first engine, and in each of them by target."""
+    found = gemm_by_target(compilation, layer)
     first = next(iter(found.values()), None)
     return {
         "type": first.actual if first else "unknown",

@@ -16,6 +16,9 @@ from rich.table import Table
 
 from gpusq_compile.console import print_sentence
 from gpusq_compile.report.attention import attention_lines
+from gpusq_compile.report.compute_view import compute_lines
+from gpusq_compile.report.log_view import log_lines
+from gpusq_compile.report.sparse_view import sparse_lines, sparse_table
 
 MOST_REASONS = 8
 UNKNOWN = "-"
@@ -25,14 +28,19 @@ def show_report(report: dict[str, Any], console: Console, files: Iterable[str] =
     """Print every view of a report, in the order in which a person asks for it."""
     console.print(pass_table(report))
     console.print(layer_table(report))
+    if (sparse := sparse_table(report)) is not None:
+        console.print(sparse)
     views = (
         refusals,
+        sparse_lines,
         attention_lines,
         finetune_lines,
         accuracy_lines,
         verify_lines,
         size_lines,
+        compute_lines,
         engine_lines,
+        log_lines,
     )
     for view in views:
         for text in view(report):

@@ -1,0 +1,283 @@
+"""What one sample costs to compute: multiply-accumulates, bit operations, equivalent FLOPs.
+
+- MACs: multiply-accumulates of every linear, convolution and attention product, counted on the
+  graph. Softmax, normalizations and activation functions are left out, as everyone leaves them out.
+- FLOPs: two per MAC. GPUSQ-ViT's tables, like most, print MACs under that name.
+- Bit operations: MACs x weight bits x activation bits x density, where density is the share of
+  weights that a mask leaves. An attention product has two activations for factors.
+- Equivalent FLOPs: the FLOPs divided by how many times as many of them a tensor core does in the
+  same time: 8 in FP16, 16 in INT8, 32 in INT4, relative to FP32 (an NVIDIA T4: 8.1, 65, 130 and
+  260 TFLOPS), and twice that for 2:4 and its pair-wise kin. A sparse INT8 GEMM is thus worth 32 and
+  a sparse INT4 GEMM 64. GPUSQ-ViT (CVPR 2023, tables 1 to 3, and table 2 of its appendix) reports
+  31 and 62 for whole models and no formula; this is the one that these numbers are consistent with.
+
+The figures before are those of the dense FP32 model. INT4 counts as on INT4 tensor cores: TensorRT,
+which multiplies it as INT8, does half of that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.fx
+
+from gpusq_compile.graph.attention import unmoved
+from gpusq_compile.graph.query import (
+    input_dependent,
+    module_path,
+    tensor_attribute,
+    weight_source,
+)
+from gpusq_compile.plan import PLAN, LayerPlan, Treatment
+from gpusq_compile.quantization.operators import DEQUANTIZE
+from gpusq_compile.sparsity import PATTERNS
+
+aten = torch.ops.aten
+
+BITS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
+THROUGHPUT = {"fp32": 1, "fp16": 8, "int8": 16, "int4": 32}
+"""Multiply-accumulates in the time of one in FP32, dense."""
+
+LINEAR = frozenset(
+    {
+        aten.linear.default,
+        aten.conv1d.default,
+        aten.conv1d.padding,
+        aten.conv2d.default,
+        aten.conv2d.padding,
+        aten.conv3d.default,
+        aten.conv3d.padding,
+    }
+)
+TRANSPOSED = frozenset({aten.conv_transpose1d.default, aten.conv_transpose2d.input})
+PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default, aten.mm.default})
+SUMMED_PRODUCTS = frozenset({aten.addmm.default, aten.baddbmm.default})
+
+Kind = Literal["gemm", "attention"]
+
+
+@dataclass(frozen=True)
+class ComputeEntry:
+    """One operator that multiplies, per sample.
+
+    `kind` is "gemm" for a weight times an activation and "attention" for a product of two
+    activations (both products of a fused attention are one entry). `weight` and `activation` are
+    the types of its factors ("int8", "fp16", ...), `pattern` the weight's sparsity.
+    """
+
+    name: str
+    kind: Kind
+    macs: int
+    weight: str
+    activation: str
+    pattern: str | None = None
+
+    @property
+    def compressed(self) -> bool:
+        integer = self.weight in ("int8", "int4") or self.activation in ("int8", "int4")
+        return integer or self.pattern is not None
+
+    @property
+    def density(self) -> float:
+        return 1.0 if self.pattern is None else PATTERNS[self.pattern].density
+
+    @property
+    def bit_operations(self) -> float:
+        return self.macs * BITS[self.weight] * BITS[self.activation] * self.density
+
+    @property
+    def speedup(self) -> float:
+        """Its multiply-accumulates in the time of one in FP32; the slower factor decides."""
+        if BITS[self.weight] <= 8 and BITS[self.activation] >= 16:
+            # Dequantized to a dense operand before the product.
+            return THROUGHPUT[self.activation]
+        slower = min(THROUGHPUT[self.weight], THROUGHPUT[self.activation])
+        return slower / self.density
+
+    @property
+    def equivalent_flops(self) -> float:
+        return 2 * self.macs / self.speedup
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "macs": self.macs,
+            "weight": self.weight,
+            "activation": self.activation,
+            "density": self.density,
+            "bit_operations": self.bit_operations,
+            "equivalent_flops": self.equivalent_flops,
+        }
+
+
+@dataclass(frozen=True)
+class ComputeFigures:
+    """Every operator that multiplies, in graph order, per sample."""
+
+    entries: tuple[ComputeEntry, ...]
+
+    @property
+    def macs(self) -> int:
+        return sum(entry.macs for entry in self.entries)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The sums of the compressed GEMMs, of all GEMMs and of the model, and each operator."""
+        gemms = [entry for entry in self.entries if entry.kind == "gemm"]
+        return {
+            "per": "sample",
+            "compressed_gemms": summed(entry for entry in gemms if entry.compressed),
+            "gemms": summed(gemms),
+            "attention": summed(entry for entry in self.entries if entry.kind == "attention"),
+            "model": summed(self.entries),
+            "operators": [entry.as_dict() for entry in self.entries],
+        }
+
+
+def summed(entries: Iterable[ComputeEntry]) -> dict[str, Any]:
+    """Sums before and after, and their ratios, None where there is nothing to compute."""
+    entries = list(entries)
+    macs = sum(entry.macs for entry in entries)
+    flops, bits = 2 * macs, macs * BITS["fp32"] ** 2
+    bits_after = sum(entry.bit_operations for entry in entries)
+    flops_after = sum(entry.equivalent_flops for entry in entries)
+    return {
+        "macs": macs,
+        "flops": flops,
+        "bit_operations": _before_after(bits, bits_after),
+        "equivalent_flops": _before_after(flops, flops_after),
+    }
+
+
+def _before_after(before: float, after: float) -> dict[str, float | None]:
+    return {"before": before, "after": after, "ratio": before / after if after else None}
+
+
+def compute_figures(graph_module: torch.fx.GraphModule, precision: str) -> ComputeFigures:
+    """Count a traced graph, compressed as its nodes' plans say they are.
+
+    Args:
+        graph_module: its nodes carry shapes (`meta["val"]`); dimension 0 of the first input is the
+            batch. What does not depend on the inputs runs once, when the engine is built, and is
+            not counted.
+        precision: the type of everything that is not quantized, "fp16" or "fp32".
+    """
+    dependent = input_dependent(graph_module.graph)
+    batch = _batch(graph_module.graph)
+    taken: dict[str, int] = {}
+    entries = []
+    for node in graph_module.graph.nodes:
+        if node.op != "call_function" or node not in dependent:
+            continue
+        macs = _macs(graph_module, node)
+        if macs is None:
+            continue
+        entries.append(_entry(node, macs // batch, _unique(node, taken), dependent, precision))
+    return ComputeFigures(tuple(entries))
+
+
+def _entry(
+    node: torch.fx.Node, macs: int, name: str, dependent: set[torch.fx.Node], precision: str
+) -> ComputeEntry:
+    plan: LayerPlan | None = node.meta.get(PLAN)
+    applied = plan.applied if plan is not None else Treatment()
+    activation = applied.activation or precision
+    kind: Kind = "gemm"
+    if node.target not in LINEAR | TRANSPOSED and len(_factors(node) & dependent) != 1:
+        kind = "attention"
+        if all(unmoved(factor).target is DEQUANTIZE for factor in _factors(node)):
+            activation = "int8"
+    weight = applied.weight or (activation if kind == "attention" else precision)
+    return ComputeEntry(name, kind, macs, weight, activation, applied.sparsity)
+
+
+def _unique(node: torch.fx.Node, taken: dict[str, int]) -> str:
+    plan: LayerPlan | None = node.meta.get(PLAN)
+    name = plan.name if plan is not None else module_path(node) or node.name
+    taken[name] = taken.get(name, 0) + 1
+    return name if taken[name] == 1 else f"{name}#{taken[name]}"
+
+
+def _batch(graph: torch.fx.Graph) -> int:
+    """Samples in the traced batch: dimension 0 of the first input that is a tensor."""
+    for node in graph.nodes:
+        if node.op == "placeholder" and (sizes := _value_sizes(node)):
+            return sizes[0]
+    return 1
+
+
+def _factors(node: torch.fx.Node) -> set[torch.fx.Node]:
+    if node.target in SUMMED_PRODUCTS:
+        return {arg for arg in node.args[1:3] if isinstance(arg, torch.fx.Node)}
+    return set(node.all_input_nodes)
+
+
+def _macs(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> int | None:
+    """Multiply-accumulates of the traced batch, None for an operator that does not multiply."""
+    if node.target in LINEAR:
+        return math.prod(_sizes(node)) * math.prod(_weight_sizes(graph_module, node)[1:])
+    if node.target in TRANSPOSED:
+        return math.prod(_input_sizes(node, 0)) * math.prod(_weight_sizes(graph_module, node)[1:])
+    if node.target is aten.scaled_dot_product_attention.default:
+        keys = _input_sizes(node, 1)[-2]
+        return (math.prod(_input_sizes(node, 0)) + math.prod(_sizes(node))) * keys
+    if node.target in PRODUCTS:
+        return math.prod(_sizes(node)) * _input_sizes(node, 0)[-1]
+    if node.target in SUMMED_PRODUCTS:
+        return math.prod(_sizes(node)) * _input_sizes(node, 1)[-1]
+    if node.target is aten.einsum.default:
+        return _einsum_macs(node)
+    return None
+
+
+def _einsum_macs(node: torch.fx.Node) -> int | None:
+    """The output times every summed size; None for one factor, which multiplies nothing."""
+    equation, operands = node.args[0], node.args[1]
+    assert isinstance(equation, str)
+    if not isinstance(operands, Sequence) or len(operands) != 2:
+        return None
+    sides = equation.replace(" ", "").split("->")
+    inputs = sides[0].split(",")
+    # Without an arrow the output has the labels that occur once.
+    kept = sides[1] if len(sides) == 2 else "".join(c for c in sides[0] if sides[0].count(c) == 1)
+    size = math.prod(_sizes(node))
+    summed_sizes: dict[str, int] = {}
+    for labels, operand in zip(inputs, operands, strict=True):
+        assert isinstance(operand, torch.fx.Node)
+        before, _, after = labels.partition("...")
+        sizes = _sizes(operand)
+        summed_sizes.update(zip(before, sizes, strict=False))
+        summed_sizes.update(zip(reversed(after), reversed(sizes), strict=False))
+    return size * math.prod(n for label, n in summed_sizes.items() if label not in kept)
+
+
+def _weight_sizes(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> tuple[int, ...]:
+    source = weight_source(node)
+    if source is not None:
+        return tuple(tensor_attribute(graph_module, str(source.target)).shape)
+    return _input_sizes(node, 1)
+
+
+def _input_sizes(node: torch.fx.Node, index: int) -> tuple[int, ...]:
+    source = node.args[index]
+    assert isinstance(source, torch.fx.Node)
+    return _sizes(source)
+
+
+def _sizes(node: torch.fx.Node) -> tuple[int, ...]:
+    """The shape of the traced batch's value."""
+    sizes = _value_sizes(node)
+    if sizes is None:
+        raise RuntimeError(f"node {node.name} has no shape")
+    return sizes
+
+
+def _value_sizes(node: torch.fx.Node) -> tuple[int, ...] | None:
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return None
+    return tuple(size if isinstance(size, int) else int(size.node.hint) for size in value.shape)

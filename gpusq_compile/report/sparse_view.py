@@ -1,0 +1,70 @@
+"""The chain requested -> mask verified -> eligible -> picked on the terminal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from rich.table import Table
+
+UNKNOWN = "-"
+MOST_REASONS = 8
+STEPS = ("mask_ok", "eligible", "picked")
+
+
+def sparse_table(report: dict[str, Any]) -> Table | None:
+    """One row per role, of the layers for which sparsity was requested; None if there are none."""
+    roles: dict[str, list[dict[str, Any]]] = {}
+    for layer in report["layers"]:
+        if chain := layer.get("sparse_kernel"):
+            roles.setdefault(layer["role"] or UNKNOWN, []).append(chain)
+    if not roles:
+        return None
+    table = Table(title="sparse kernels", title_justify="left")
+    table.add_column("role", no_wrap=True)
+    for column in ("requested", "mask ok", "eligible", "picked"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for role, chains in roles.items():
+        table.add_row(role, *_counts(chains))
+    if len(roles) > 1:
+        table.add_section()
+        table.add_row("all", *_counts([chain for chains in roles.values() for chain in chains]))
+    return table
+
+
+def _counts(chains: list[dict[str, Any]]) -> list[str]:
+    return [str(len(chains)), *(_count([_answer(c, step) for c in chains]) for step in STEPS)]
+
+
+def _answer(chain: dict[str, Any], step: str) -> bool | None:
+    """Whether a layer passed this step; None where nobody looked or nothing tells."""
+    if "refused" in chain["causes"]:
+        return False
+    value = chain[step]
+    return {"yes": True, "no": False}.get(value) if isinstance(value, str) else value
+
+
+def _count(answers: list[bool | None]) -> str:
+    """How many are known to have passed; what is unknown is no zero, and is counted beside it."""
+    known = [answer for answer in answers if answer is not None]
+    if not known:
+        return UNKNOWN
+    unknown = len(answers) - len(known)
+    return f"{sum(known)}" + (f" (+{unknown} unknown)" if unknown else "")
+
+
+def sparse_lines(report: dict[str, Any]) -> list[str]:
+    """Why layers have no sparse kernel: each reason once, with how many layers it holds for.
+
+    What the rules could not apply is said with the other refusals.
+    """
+    chains = [chain for layer in report["layers"] if (chain := layer.get("sparse_kernel"))]
+    reasons = Counter(
+        chain["reason"] for chain in chains if chain["reason"] and "refused" not in chain["causes"]
+    )
+    lines = [
+        f"no sparse kernel for {count} {'layer' if count == 1 else 'layers'}: {reason}"
+        for reason, count in reasons.most_common()
+    ]
+    more = len(lines) - MOST_REASONS
+    return lines[:MOST_REASONS] + ([f"... and {more} more reasons"] if more > 0 else [])
