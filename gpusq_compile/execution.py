@@ -55,9 +55,9 @@ def execution(plan: LayerPlan, precision: Precision) -> Execution:
     return _float(applied, precision)
 
 
-def takes_sparse_kernels(pattern: str) -> bool:
+def takes_sparse_kernels(sparsity: str | None) -> bool:
     """Whether the masks of a pattern are 2:4, what the sparse FP16 and INT8 kernels read."""
-    return PATTERNS["2:4"].allows(PATTERNS[pattern])
+    return sparsity is not None and PATTERNS["2:4"].allows(PATTERNS[sparsity])
 
 
 def misses_int4_hardware(applied: Treatment) -> bool:
