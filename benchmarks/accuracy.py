@@ -37,6 +37,7 @@ HERE = Path(__file__).resolve().parent
 TEACHERS = ("deit", "swin")
 SEEDS = (0, 1, 2)
 ABLATION_SEEDS = (0,)
+ONE_SEED_ROWS = ("int4-pairwise", "int4-a8", "int4-weight-only")
 MAIN_ROWS = ("dense", "control", "int8", "int4", "peer-int8", "peer-int4")
 PEER_ROWS = ("peer-int8", "peer-int4")
 
@@ -54,6 +55,8 @@ def jobs() -> list[Job]:
     rest = [row for row in ROWS if row not in MAIN_ROWS]
     ablated = [row for row in rest if row.endswith(tuple(ABLATION))]
     rest = [row for row in rest if row not in ablated]
+    ablated += [row for row in rest if row in ONE_SEED_ROWS]
+    rest = [row for row in rest if row not in ONE_SEED_ROWS]
     found = [Job(row, t, SEEDS[0], lr=lr) for t in TEACHERS for row, lr in _first(MAIN_ROWS)]
     found += [Job(row, t, seed) for seed in SEEDS[1:] for row in MAIN_ROWS for t in TEACHERS]
     found += [Job(row, t, seed) for row in rest for seed in SEEDS for t in TEACHERS]

@@ -50,10 +50,14 @@ def _rows() -> dict[str, Row]:
         "int4": Row("INT4, portable", "compile", "int4"),
         "peer-int8": Row("nvidia-modelopt, INT8 2:4", "peer"),
         "peer-int4": Row("nvidia-modelopt, W4A4 2:4", "peer"),
-        "int8-unlabelled": Row("INT8 2:4, without labels", "compile", "int8", labelled=False),
-        "int4-unlabelled": Row("INT4, without labels", "compile", "int4", labelled=False),
         "int8-float-output": Row("INT8 2:4, float outputs", "compile", "int8-float-output"),
         "int4-2to4": Row("INT4 2:4, float outputs", "compile", "int4-2to4"),
+        "int8-unlabelled": Row(
+            "INT8 2:4, float outputs, no labels", "compile", "int8-float-output", labelled=False
+        ),
+        "int4-unlabelled": Row(
+            "INT4 2:4, float outputs, no labels", "compile", "int4-2to4", labelled=False
+        ),
         "int4-pairwise": Row("INT4, pair-wise 4:8", "compile", "int4-pairwise"),
         "int4-a8": Row("W4A8, portable", "compile", "int4-a8"),
         "int4-weight-only": Row("W4A16, dense", "compile", "int4-weight-only"),

@@ -146,7 +146,7 @@ def rivals(row: str) -> list[str]:
     bits = row.partition("-")[0]
     if bits not in ("int8", "int4"):
         return found
-    if row.endswith(tuple(ABLATION)):
+    if row.endswith((*ABLATION, "unlabelled")):
         return [*found, ROWS[row].rules]
     if ROWS[row].rules in SAME_BITS_AS_PEER:
         found.append(f"peer-{bits}")
