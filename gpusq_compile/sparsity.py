@@ -110,8 +110,10 @@ def wanda_mask(weight: torch.Tensor, mean_squares: torch.Tensor, pattern: Patter
         ValueError: the reduction axis is no multiple of the group.
     """
     norms = mean_squares.double().sqrt()
-    norms = norms.clamp_min(1e-9 * float(norms.max()) or 1.0)
-    return _highest(weight.abs() * norms, pattern)
+    largest = float(norms.max())
+    norms = (norms / largest).clamp_min(1e-9) if largest > 0 else torch.ones_like(norms)
+    magnitudes = weight.abs().double()
+    return _highest(_in_range(magnitudes, magnitudes.max()) * norms, pattern)
 
 
 def _highest(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:
@@ -119,15 +121,20 @@ def _highest(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:
     energy = groups
     if pattern.unit > 1:  # The order of single magnitudes is that of their squares.
         groups = groups.double()
-        # Each group by a power of two, so that the squares of any weight stay in range.
-        largest = groups.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(groups.dtype).tiny)
-        groups = groups * (torch.frexp(largest).mantissa / largest)
+        groups = _in_range(groups, groups.amax(dim=-1, keepdim=True))
         units = groups.reshape(*groups.shape[:-1], pattern.units, pattern.unit)
         energy = units.square().sum(dim=-1)
     order = energy.argsort(dim=-1, descending=True, stable=True)
     mask = torch.zeros_like(energy, dtype=torch.bool)
     mask.scatter_(-1, order[..., : pattern.keep], True)
     return _ungrouped(mask.repeat_interleave(pattern.unit, dim=-1), scores.shape)
+
+
+def _in_range(values: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """`values`, double, by the power of two that brings the largest near 1: its square, and its
+    product with a number below 1, stay in range."""
+    largest = largest.clamp_min(torch.finfo(values.dtype).tiny)
+    return values * (torch.frexp(largest).mantissa / largest)
 
 
 def violations(weight: torch.Tensor, pattern: Pattern) -> int:
