@@ -287,10 +287,9 @@ def write_script(compilation: Compilation, path: Path) -> None:
         ]
         for value in compilation.onnx_model.graph.input
     }
-    targets = compilation.options.targets or compilation.rules.target.compute
     plans = [plan for _, plan in planned(compilation.ir.graph)]
     text = build_script(
-        targets,
+        compilation.targets,
         BatchRange(),
         inputs,
         onnx=MODEL_FILE,

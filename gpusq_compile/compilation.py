@@ -90,6 +90,11 @@ class Compilation:
         return torch.device(self.options.device)
 
     @property
+    def targets(self) -> tuple[str, ...]:
+        """The GPUs to build for: those of the options, or else those of the rules."""
+        return self.options.targets or self.rules.target.compute
+
+    @property
     def ir(self) -> torch.fx.GraphModule:
         """The graph; a pass that uses it requires `graph`."""
         if self.graph is None:

@@ -26,7 +26,6 @@ from gpusq_compile.remarks import Remark, analysis, missed, passed
 
 
 def run(compilation: Compilation) -> PassResult:
-    targets = compilation.options.targets or compilation.rules.target.compute
     gemms = marked_gemms(
         [plan for _, plan in planned(compilation.ir.graph)], compilation.rules.target.precision
     )
@@ -40,7 +39,7 @@ def run(compilation: Compilation) -> PassResult:
             compilation.workdir / MODEL_FILE,
             compilation.workdir,
             backend=compilation.options.engine,
-            targets=targets,
+            targets=compilation.targets,
             gemms=gemms,
             attentions=attentions,
             batch=BatchRange(),

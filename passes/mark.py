@@ -66,7 +66,7 @@ def run(compilation: Compilation) -> PassResult:
             tapped.append((offer, decision, decision.distill))
         if offer.weight is None and not is_weighted(offer.node):
             continue
-        plan = make_plan(offer, decision, compilation.rules.target.compute)
+        plan = make_plan(offer, decision, compilation.targets)
         update_plan(offer.node, plan)
         if plan.requested == Treatment():
             continue

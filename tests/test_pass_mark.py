@@ -204,6 +204,19 @@ def test_an_automatic_output_is_int8_where_sparse_kernels_of_the_target_write_no
     assert plan.requested.output == plan.applied.output == output
 
 
+def test_targets_of_the_command_line_settle_outputs_in_place_of_those_of_the_rules() -> None:
+    document = make_rules(
+        {
+            "id": "all",
+            "match": {"op": "linear"},
+            "sparsity": SPARSE,
+            "quantize": {**INT8, "output": "auto"},
+        }
+    )
+    compilation = begin(seeded(Perceptron), noise(2, 32), document, targets=("sm90",))
+    assert plan_of(run_until(compilation, "mark"), "first").requested.output is None
+
+
 def test_a_reduction_axis_that_has_no_groups_of_four_is_quantized_dense() -> None:
     plan = plan_of(marked(seeded(Perceptron, (30, 64, 32)), noise(2, 30)), "first")
     assert plan.reasons == ("2:4 needs a reduction axis that is a multiple of 4, found 30",)

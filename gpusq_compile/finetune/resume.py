@@ -62,6 +62,8 @@ def fingerprint(compilation: Compilation) -> dict[str, Any]:
             "steps": options.steps,
             "epochs": options.epochs,
             "scope": compilation.network.scope,
+            # `output: auto` depends on them.
+            "targets": list(compilation.targets),
             "device": compilation.device.type,
             "processes": compilation.processes.world,
         },

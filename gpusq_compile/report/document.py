@@ -139,8 +139,7 @@ def attention_entry(compilation: Compilation, plan: AttentionPlan) -> dict[str, 
 def target_entry(compilation: Compilation) -> dict[str, Any]:
     """The GPUs and the float type that the model was compiled for."""
     target = compilation.rules.target
-    compute = compilation.options.targets or target.compute
-    return {"compute": list(compute), "precision": target.precision}
+    return {"compute": list(compilation.targets), "precision": target.precision}
 
 
 def compute_entry(compilation: Compilation) -> dict[str, Any] | None:
