@@ -18,7 +18,14 @@ import torch.fx
 from gpusq_compile.attention_plan import ATTENTION_PLAN, plan_attention, planned_attentions
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.data import require_calibration_data, require_train_data
-from gpusq_compile.execution import Precision, execution, misses_int4_hardware, takes_sparse_kernels
+from gpusq_compile.execution import (
+    Precision,
+    execution,
+    intended,
+    misses_int4_hardware,
+    takes_sparse_kernels,
+    treatment,
+)
 from gpusq_compile.graph.attention import Attention, find_attentions
 from gpusq_compile.graph.query import (
     WEIGHTED_OPS,
@@ -83,7 +90,8 @@ def run(compilation: Compilation) -> PassResult:
         compilation.console.warn(text)
         result.remarks.append(missed("nothing-marked", text))
     plans = [plan for _, plan in planned(compilation.ir.graph)]
-    result.remarks += pattern_remarks(plans, compilation.rules.target.precision)
+    precision = compilation.rules.target.precision
+    result.remarks += pattern_remarks(plans, precision, compilation.targets)
     for offer, decision, distill in thin_out(tapped):
         role = offer.roles[0] if offer.roles else offer.candidate.op
         rules = tuple(str(hit) for hit in decision.chain)
@@ -322,11 +330,9 @@ def settled_output(
     return quantize.model_copy(update={"output": "int8" if needed else "none"})
 
 
-def _type(name: str) -> str | None:
-    return None if name == "none" else name
-
-
-def pattern_remarks(plans: Sequence[LayerPlan], precision: Precision) -> list[Remark]:
+def pattern_remarks(
+    plans: Sequence[LayerPlan], precision: Precision, targets: Sequence[str]
+) -> list[Remark]:
     """A remark for each layer whose pattern serves less hardware than its types might have.
 
     What was refused of a request does not count.
@@ -335,23 +341,14 @@ def pattern_remarks(plans: Sequence[LayerPlan], precision: Precision) -> list[Re
     for plan in plans:
         if plan.sparsity is None:
             continue
-        intended = replace(plan, applied=treatment(plan.sparsity, plan.quantize))
-        kind, why = execution(intended, precision)
+        planned_layer = intended(plan)
+        kind, why = execution(planned_layer, precision, targets)
         if not kind.startswith("sparse"):
             text = f"no sparse kernel runs its {plan.sparsity.pattern} mask ({kind}): {why}"
             remarks.append(analysis("no-sparse-kernel", text, plan.name))
-        elif misses_int4_hardware(intended.applied):
+        elif misses_int4_hardware(planned_layer.applied):
             remarks.append(analysis("no-sparse-int4", why, plan.name))
     return remarks
-
-
-def treatment(sparsity: Sparsity | None, quantize: Quantize | None) -> Treatment:
-    return Treatment(
-        sparsity=sparsity.pattern if sparsity else None,
-        weight=_type(quantize.weight) if quantize else None,
-        activation=_type(quantize.activation) if quantize else None,
-        output=_type(quantize.output) if quantize else None,
-    )
 
 
 def thin_out(

@@ -251,7 +251,9 @@ NO_KERNEL = [
     ("pair4:8", None, "fp16", "no-sparse-kernel", "dense fp16"),
     ("2:4", None, "fp32", "no-sparse-kernel", "dense fp32"),
     ("2:4", {**INT8, "activation": "none"}, "fp16", "no-sparse-kernel", "weight-only int8"),
-    ("2:4", FOUR, "fp16", "no-sparse-int4", "sparse INT4 tensor cores take pairs, not 2:4"),
+    ("2:4", INT8, "fp16", "no-sparse-kernel", "writes floats: `output: auto` or `int8`"),
+    ("2:4", FOUR, "fp16", "no-sparse-kernel", "writes floats: `output: auto` or `int8`"),
+    ("2:4", {**FOUR, "output": "auto"}, "fp16", "no-sparse-int4", "sparse INT4 tensor cores take pairs, not 2:4"),
 ]
 
 
@@ -271,7 +273,13 @@ def test_a_pattern_that_the_target_cannot_use_is_remarked(
 
 @pytest.mark.parametrize(
     ("pattern", "quantize"),
-    [("2:4", INT8), ("2:4", None), ("portable", FOUR), ("portable", INT8), ("portable", None)],
+    [
+        ("2:4", {**INT8, "output": "auto"}),
+        ("2:4", None),
+        ("portable", {**FOUR, "output": "auto"}),
+        ("portable", {**INT8, "output": "int8"}),
+        ("portable", None),
+    ],
 )
 def test_a_pattern_that_the_target_uses_is_not_remarked(
     pattern: str, quantize: dict[str, str] | None
@@ -281,6 +289,22 @@ def test_a_pattern_that_the_target_uses_is_not_remarked(
         rule["quantize"] = quantize
     compilation = marked(seeded(Perceptron), noise(2, 32), rule, precision="fp16")
     assert remarks_of(compilation, "mark", Kind.ANALYSIS) == []
+
+
+@pytest.mark.parametrize(("target", "remarks"), [("sm90", 0), ("sm86", 1)])
+def test_the_targets_of_the_command_line_decide_on_sparse_kernels_with_float_outputs(
+    target: str, remarks: int
+) -> None:
+    rule = {
+        "id": "a",
+        "match": {"name": "first"},
+        "sparsity": {"pattern": "2:4"},
+        "quantize": INT8,
+    }
+    document = make_rules(rule, precision="fp16")
+    compilation = begin(seeded(Perceptron), noise(2, 32), document, targets=(target,))
+    run_until(compilation, "mark")
+    assert len(remarks_of(compilation, "mark", Kind.ANALYSIS)) == remarks
 
 
 def test_a_refused_pattern_is_not_remarked_again() -> None:
