@@ -154,14 +154,13 @@ def test_the_terminal_says_what_runs_as_what_before_and_after() -> None:
         {"id": "half", "match": {"name": "second"}, "sparsity": {"pattern": "2:4"}},
     ]
     document = make_rules(*rules, precision="fp16")
-    model = seeded(Perceptron, (32, 64, 32, 16, 8))
-    compilation = run_until(begin(model, noise(8, 32), document), "mark")
+    compilation = run_until(begin(seeded(Perceptron), noise(8, 32), document), "mark")
     plan = shown(compilation, show_plan)
     run_until(compilation, "quantize")
     whole = shown(compilation, show_report)
     lines = [line for line in plan if line in whole and ("runs as" in line or "accuracy" in line)]
     assert lines == [
-        "runs as: 2 layers dense fp16 (left as it is), 1 dense int8, 1 sparse fp16",
+        "runs as: 1 layer dense int8, 1 sparse fp16",
         "  1 dense int8: accuracy and storage only: 4-bit weights and activations in INT8 "
         "containers; pair4:8 is for sparse INT4 tensor cores, and TensorRT has no kernel for it",
     ]
@@ -172,11 +171,11 @@ def test_the_terminal_says_what_runs_as_what_before_and_after() -> None:
 
 
 def test_the_terminal_speaks_of_int4_hardware_only_where_it_counts() -> None:
-    rule = {"id": "a", "match": {"op": "linear"}, "quantize": INT8}
+    rule = {"id": "a", "match": {"name": "first"}, "quantize": INT8}
     document = make_rules(rule, precision="fp16")
     compilation = run_until(begin(seeded(Perceptron), noise(8, 32), document), "quantize")
     lines = shown(compilation, show_report)
-    assert "runs as: 2 layers dense int8" in lines
+    assert "runs as: 1 layer dense int8, 1 dense fp16 (left as it is)" in lines
     assert not any("INT4 tensor cores" in line for line in lines)
 
 

@@ -253,7 +253,13 @@ NO_KERNEL = [
     ("2:4", {**INT8, "activation": "none"}, "fp16", "no-sparse-kernel", "weight-only int8"),
     ("2:4", INT8, "fp16", "no-sparse-kernel", "writes floats: `output: auto` or `int8`"),
     ("2:4", FOUR, "fp16", "no-sparse-kernel", "writes floats: `output: auto` or `int8`"),
-    ("2:4", {**FOUR, "output": "auto"}, "fp16", "no-sparse-int4", "sparse INT4 tensor cores take pairs, not 2:4"),
+    (
+        "2:4",
+        {**FOUR, "output": "auto"},
+        "fp16",
+        "no-sparse-int4",
+        "sparse INT4 tensor cores take pairs, not 2:4",
+    ),
 ]
 
 

@@ -57,7 +57,9 @@ def check(compilation: Compilation, name: str, gemms: int) -> None:
         embedded = {}
     for plan in embedded.values():
         assert plan.applied.sparsity == "2:4"
-        assert execution(plan, "fp16", TARGETS).kind == ("sparse fp16" if "fp16" in name else "sparse int8")
+        assert execution(plan, "fp16", TARGETS).kind == (
+            "sparse fp16" if "fp16" in name else "sparse int8"
+        )
     found = Counter(
         (plan.applied.sparsity, execution(plan, "fp16", TARGETS).kind)
         for layer, plan in done.items()
