@@ -105,7 +105,7 @@ def read(job: Job, folder: Path, stale: bool = False) -> dict[str, Any] | None:
 
 
 def finished(job: Job, folder: Path) -> dict[str, Any] | None:
-    """The result of a job, a peer's with the rates that it would run with; None if there is none."""
+    """The result of a job, a peer's with the rates that it would run with; else None."""
     try:
         return read(with_peer_rates(job, folder), folder)
     except LookupError:
