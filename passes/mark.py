@@ -90,6 +90,7 @@ def run(compilation: Compilation) -> PassResult:
         compilation.console.warn(text)
         result.remarks.append(missed("nothing-marked", text))
     plans = [plan for _, plan in planned(compilation.ir.graph)]
+    result.remarks += block_remarks(plans)
     precision = compilation.rules.target.precision
     result.remarks += pattern_remarks(plans, precision, compilation.targets)
     for offer, decision, distill in thin_out(tapped):
@@ -267,7 +268,8 @@ def _groups(node: torch.fx.Node) -> int:
 def make_plan(offer: Offer, decision: Decision, compute: Sequence[str]) -> LayerPlan:
     """The plan of a weighted operator, with what its shape does not allow refused."""
     sparsity = decision.sparsity
-    quantize = settled_output(decision.quantize, sparsity, compute)
+    misfit = pattern_refusal(offer, sparsity) if offer.refusal is None else offer.refusal
+    quantize = settled_output(decision.quantize, None if misfit else sparsity, compute)
     plan = LayerPlan(
         name=offer.candidate.name,
         op=offer.candidate.op,
@@ -283,17 +285,22 @@ def make_plan(offer: Offer, decision: Decision, compute: Sequence[str]) -> Layer
         return plan
     if offer.refusal is not None:
         return replace(plan.refuse(offer.refusal), sparsity=None, quantize=None)
-    if sparsity is not None:
-        group = PATTERNS[sparsity.pattern].group
-        if offer.shape[REDUCTION_AXIS] % group:
-            reason = (
-                f"{sparsity.pattern} needs a reduction axis that is a multiple of {group}, "
-                f"found {offer.shape[REDUCTION_AXIS]}"
-            )
-            plan = replace(plan.refuse(reason), sparsity=None)
+    if misfit is not None:
+        plan = replace(plan.refuse(misfit), sparsity=None)
     if quantize is not None and (unfit := block_refusal(offer, quantize)) is not None:
         plan = replace(plan.refuse(unfit), quantize=None)
     return plan
+
+
+def pattern_refusal(offer: Offer, sparsity: Sparsity | None) -> str | None:
+    """Why a weight cannot have a pattern."""
+    if sparsity is None:
+        return None
+    group = PATTERNS[sparsity.pattern].group
+    size = offer.shape[REDUCTION_AXIS]
+    if size % group == 0:
+        return None
+    return f"{sparsity.pattern} needs a reduction axis that is a multiple of {group}, found {size}"
 
 
 def block_refusal(offer: Offer, quantize: Quantize) -> str | None:
@@ -328,6 +335,19 @@ def settled_output(
     sparse = integer and sparsity is not None and takes_sparse_kernels(sparsity.pattern)
     needed = sparse and set(compute) != {"sm90"}
     return quantize.model_copy(update={"output": "int8" if needed else "none"})
+
+
+def block_remarks(plans: Sequence[LayerPlan]) -> list[Remark]:
+    """A remark for each weight that is one block, which gains nothing in an engine."""
+    text = (
+        "one block is the whole of its input channels: TensorRT makes such a weight float ahead of "
+        "the GEMM, and reads 4 bits in the GEMM's own kernel only from two blocks on"
+    )
+    return [
+        analysis("single-block", text, plan.name)
+        for plan in plans
+        if plan.quantize is not None and plan.quantize.block == plan.shape[REDUCTION_AXIS]
+    ]
 
 
 def pattern_remarks(

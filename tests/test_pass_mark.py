@@ -204,6 +204,23 @@ def test_an_automatic_output_is_int8_where_sparse_kernels_of_the_target_write_no
     assert plan.requested.output == plan.applied.output == output
 
 
+def test_an_automatic_output_stays_float_where_the_mask_is_refused() -> None:
+    rule = {**EVERYTHING, "quantize": {**INT8, "output": "auto"}}
+    compilation = marked(seeded(Perceptron, (66, 64, 32)), noise(2, 66), rule)
+    first, second = plan_of(compilation, "first"), plan_of(compilation, "second")
+    assert first.reasons == ("2:4 needs a reduction axis that is a multiple of 4, found 66",)
+    assert (first.requested.output, second.requested.output) == (None, "int8")
+
+
+@pytest.mark.parametrize(("size", "found"), [(64, ["first"]), (128, [])])
+def test_a_weight_of_one_block_is_remarked(size: int, found: list[str]) -> None:
+    quantize = {"weight": "int4", "activation": "none", "block": 64}
+    rule = {"id": "blocks", "match": {"name": "first"}, "quantize": quantize}
+    compilation = marked(seeded(Perceptron, (size, 64, 32)), noise(2, size), rule)
+    remarks = [r for r in remarks_of(compilation, "mark") if r.code == "single-block"]
+    assert [remark.layer for remark in remarks] == found
+
+
 def test_targets_of_the_command_line_settle_outputs_in_place_of_those_of_the_rules() -> None:
     document = make_rules(
         {
