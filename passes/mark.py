@@ -18,6 +18,7 @@ import torch.fx
 from gpusq_compile.attention_plan import ATTENTION_PLAN, plan_attention, planned_attentions
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.data import require_calibration_data, require_train_data
+from gpusq_compile.engine.sparse_causes import sparse_int8_writes_floats
 from gpusq_compile.execution import (
     Precision,
     execution,
@@ -333,7 +334,7 @@ def settled_output(
         return quantize
     integer = "none" not in (quantize.weight, quantize.activation)
     sparse = integer and sparsity is not None and takes_sparse_kernels(sparsity.pattern)
-    needed = sparse and set(compute) != {"sm90"}
+    needed = sparse and not sparse_int8_writes_floats(compute)
     return quantize.model_copy(update={"output": "int8" if needed else "none"})
 
 
