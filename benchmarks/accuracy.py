@@ -104,6 +104,14 @@ def read(job: Job, folder: Path, stale: bool = False) -> dict[str, Any] | None:
     return result if same else None
 
 
+def finished(job: Job, folder: Path) -> dict[str, Any] | None:
+    """The result of a job, a peer's with the rates that it would run with; else None."""
+    try:
+        return read(with_peer_rates(job, folder), folder)
+    except LookupError:
+        return None
+
+
 def run(job: Job, folder: Path, peer: Path | None) -> str | None:
     """Run one job in its own process; what it said if it failed."""
     if job.row in PEER_ROWS:
@@ -151,13 +159,13 @@ def show_plan(wanted: list[Job], folder: Path, workers: int) -> None:
     """Print what would run and how long that takes, from rows of the same kind that are done."""
     spent: dict[tuple[str, str], list[float]] = {}
     for job in wanted:
-        result = read(job, folder)
+        result = finished(job, folder)
         if result is not None:
             key = (ROWS[job.row].maker, job.teacher)
             spent.setdefault(key, []).append(result["seconds"]["total"])
     seconds = 0.0
     for job in wanted:
-        if read(job, folder) is None:
+        if finished(job, folder) is None:
             maker = ROWS[job.row].maker
             known = spent.get((maker, job.teacher))
             guess = median(known) if known else GUESSED_SECONDS[maker]

@@ -50,7 +50,7 @@ from gpusq_compile.processes import joined
 from gpusq_compile.randomness import seed_everything
 from gpusq_compile.report.document import make_report
 from gpusq_compile.reproducer import internal_error
-from gpusq_compile.user_state import user_state_dict
+from gpusq_compile.user_state import in_user_model, user_state_dict
 
 SCRIPT = "build_engine.sh"
 
@@ -71,8 +71,12 @@ class CompileResult:
     parameter_shapes: dict[str, torch.Size]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Float32 weights under the user's own names and shapes, pruned and rounded as deployed."""
-        return user_state_dict(self.graph, self.parameter_shapes)
+        """Float32 weights under the user's own names and shapes, pruned and rounded as deployed.
+
+        With a `scope` those of the submodule, under their names in the whole model.
+        """
+        state = user_state_dict(self.graph, self.parameter_shapes)
+        return in_user_model(state, self.report.get("scope"))
 
 
 def compile_model(

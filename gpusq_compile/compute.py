@@ -7,8 +7,9 @@
   weights that a mask leaves. An attention product has two activations for factors.
 - Equivalent FLOPs: the FLOPs divided by how many times as many of them a tensor core does in the
   same time: 8 in FP16, 16 in INT8, 32 in INT4, relative to FP32 (an NVIDIA T4: 8.1, 65, 130 and
-  260 TFLOPS), and twice that for 2:4 and its pair-wise kin. A sparse INT8 GEMM is thus worth 32 and
-  a sparse INT4 GEMM 64. GPUSQ-ViT (CVPR 2023, tables 1 to 3, and table 2 of its appendix) reports
+  260 TFLOPS), and twice that where such a core skips the zeros of the mask: in FP16 and INT8 of
+  one that is 2:4, in INT4 of one that comes in pairs. A sparse INT8 GEMM is thus worth 32 and a
+  sparse INT4 GEMM 64. GPUSQ-ViT (CVPR 2023, tables 1 to 3, and table 2 of its appendix) reports
   31 and 62 for whole models and no formula; this is the one that these numbers are consistent with.
 
 The figures before are those of the dense FP32 model. INT4 counts as on INT4 tensor cores: TensorRT,
@@ -25,7 +26,9 @@ from typing import Any, Literal
 import torch
 import torch.fx
 
-from gpusq_compile.graph.attention import unmoved
+from gpusq_compile.attention_plan import ATTENTION_PLAN, AttentionPlan
+from gpusq_compile.execution import takes_sparse_kernels
+from gpusq_compile.graph.attention import find_attentions
 from gpusq_compile.graph.query import (
     input_dependent,
     module_path,
@@ -33,7 +36,6 @@ from gpusq_compile.graph.query import (
     weight_source,
 )
 from gpusq_compile.plan import PLAN, LayerPlan, Treatment
-from gpusq_compile.quantization.operators import DEQUANTIZE
 from gpusq_compile.sparsity import PATTERNS
 
 aten = torch.ops.aten
@@ -41,6 +43,9 @@ aten = torch.ops.aten
 BITS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
 THROUGHPUT = {"fp32": 1, "fp16": 8, "int8": 16, "int4": 32}
 """Multiply-accumulates in the time of one in FP32, dense."""
+
+SKIPPING = 2
+"""How many times as many where half of the weights are skipped."""
 
 LINEAR = frozenset(
     {
@@ -91,12 +96,27 @@ class ComputeEntry:
 
     @property
     def speedup(self) -> float:
-        """Its multiply-accumulates in the time of one in FP32; the slower factor decides."""
+        """Its multiply-accumulates in the time of one in FP32; the slower factor decides.
+
+        Zeros count where a tensor core skips them (PTX ISA, "mma.sp"): 2:4 in FP16 and INT8, pairs
+        in INT4, which takes any other 2:4 mask as INT8, none in FP32.
+        """
         if BITS[self.weight] <= 8 and BITS[self.activation] >= 16:
             # Dequantized to a dense operand before the product.
             return THROUGHPUT[self.activation]
-        slower = min(THROUGHPUT[self.weight], THROUGHPUT[self.activation])
-        return slower / self.density
+        slower = min(self.weight, self.activation, key=THROUGHPUT.__getitem__)
+        return max(THROUGHPUT[slower], self._sparse_throughput(slower))
+
+    def _sparse_throughput(self, slower: str) -> float:
+        """That of the fastest tensor core which skips the mask's zeros; 0 where none does."""
+        if self.pattern is None:
+            return 0
+        if slower == "int4" and PATTERNS["pair4:8"].allows(PATTERNS[self.pattern]):
+            return SKIPPING * THROUGHPUT["int4"]
+        # INT8 instructions take 4-bit values as well.
+        operands = "int8" if slower == "int4" else slower
+        skips = operands in ("fp16", "int8") and takes_sparse_kernels(self.pattern)
+        return SKIPPING * THROUGHPUT[operands] if skips else 0
 
     @property
     def equivalent_flops(self) -> float:
@@ -167,6 +187,7 @@ def compute_figures(graph_module: torch.fx.GraphModule, precision: str) -> Compu
         precision: the type of everything that is not quantized, "fp16" or "fp32".
     """
     dependent = input_dependent(graph_module.graph)
+    quantized = _quantized_products(graph_module.graph)
     batch = _batch(graph_module.graph)
     taken: dict[str, int] = {}
     entries = []
@@ -176,21 +197,31 @@ def compute_figures(graph_module: torch.fx.GraphModule, precision: str) -> Compu
         macs = _macs(graph_module, node)
         if macs is None:
             continue
-        entries.append(_entry(node, macs // batch, _unique(node, taken), dependent, precision))
+        name, type_ = _unique(node, taken), quantized.get(node, precision)
+        entries.append(_entry(node, macs // batch, name, dependent, type_))
     return ComputeFigures(tuple(entries))
+
+
+def _quantized_products(graph: torch.fx.Graph) -> dict[torch.fx.Node, str]:
+    """The type that both products of each quantized attention multiply."""
+    types: dict[torch.fx.Node, str] = {}
+    for node, attention in find_attentions(graph).items():
+        plan: AttentionPlan | None = node.meta.get(ATTENTION_PLAN)
+        if plan is not None and plan.applied.activation and attention.scores is not None:
+            types[attention.scores] = types[node] = plan.applied.activation
+    return types
 
 
 def _entry(
     node: torch.fx.Node, macs: int, name: str, dependent: set[torch.fx.Node], precision: str
 ) -> ComputeEntry:
+    """`precision` is the type of what its plan leaves as it is."""
     plan: LayerPlan | None = node.meta.get(PLAN)
     applied = plan.applied if plan is not None else Treatment()
     activation = applied.activation or precision
     kind: Kind = "gemm"
     if node.target not in LINEAR | TRANSPOSED and len(_factors(node) & dependent) != 1:
         kind = "attention"
-        if all(unmoved(factor).target is DEQUANTIZE for factor in _factors(node)):
-            activation = "int8"
     weight = applied.weight or (activation if kind == "attention" else precision)
     return ComputeEntry(name, kind, macs, weight, activation, applied.sparsity)
 

@@ -8,8 +8,12 @@ in blocks, under float activations.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
+from gpusq_compile.engine.sparse_causes import sparse_int8_writes_floats
+from gpusq_compile.language.schema import Quantize, Sparsity
 from gpusq_compile.plan import LayerPlan, Treatment
 from gpusq_compile.sparsity import PATTERNS
 
@@ -36,7 +40,7 @@ class Execution(NamedTuple):
     why: str
 
 
-def execution(plan: LayerPlan, precision: Precision) -> Execution:
+def execution(plan: LayerPlan, precision: Precision, targets: Collection[str]) -> Execution:
     """What the engine makes of a layer, by what was applied to it.
 
     "sparse" says that there are sparse kernels for such operands and such a mask. Whether they are
@@ -44,15 +48,35 @@ def execution(plan: LayerPlan, precision: Precision) -> Execution:
 
     Args:
         precision: the float type of what is not quantized.
+        targets: the GPUs of the engines ("sm86"); what not all of them have is not counted on.
     """
     applied = plan.applied
     if applied == Treatment():
         return Execution(DENSE[precision], "the layer was left as it is")
     if applied.weight and applied.activation:
-        return _integer(applied)
+        return _integer(applied, targets)
     if applied.weight:
         return _weight_only(plan, precision)
     return _float(applied, precision)
+
+
+def intended(plan: LayerPlan) -> LayerPlan:
+    """The plan once what the rules ask and the layer allows has been applied."""
+    return replace(plan, applied=treatment(plan.sparsity, plan.quantize))
+
+
+def treatment(sparsity: Sparsity | None, quantize: Quantize | None) -> Treatment:
+    """What two blocks of the rules ask for."""
+    return Treatment(
+        sparsity=sparsity.pattern if sparsity else None,
+        weight=_type(quantize.weight) if quantize else None,
+        activation=_type(quantize.activation) if quantize else None,
+        output=_type(quantize.output) if quantize else None,
+    )
+
+
+def _type(name: str) -> str | None:
+    return None if name == "none" else name
 
 
 def takes_sparse_kernels(sparsity: str | None) -> bool:
@@ -67,7 +91,7 @@ def misses_int4_hardware(applied: Treatment) -> bool:
     return not PATTERNS["pair4:8"].allows(PATTERNS[applied.sparsity])
 
 
-def _integer(applied: Treatment) -> Execution:
+def _integer(applied: Treatment, targets: Collection[str]) -> Execution:
     operands = {"weights": applied.weight, "activations": applied.activation}
     four = [name for name, type_ in operands.items() if type_ == "int4"]
     values = f"4-bit {' and '.join(four)} in INT8 containers; " if four else ""
@@ -77,7 +101,13 @@ def _integer(applied: Treatment) -> Execution:
         return Execution("dense int8", f"{ACCURACY_ONLY}{values}{_for_int4_only(applied)}")
     why = f"{values}sparse INT8 kernels take a {applied.sparsity} mask"
     if applied.output is None:
-        why += ", but those that write floats are for compute capability 9.0 alone"
+        if not sparse_int8_writes_floats(targets):
+            why = (
+                f"{ACCURACY_ONLY}{values}no sparse INT8 kernel of these GPUs writes floats: "
+                "`output: auto` or `int8`"
+            )
+            return Execution("dense int8", why)
+        why += ", and those of compute capability 9.0 write floats"
     if misses_int4_hardware(applied):
         why += f"; sparse INT4 tensor cores take pairs, not {applied.sparsity}"
     return Execution("sparse int8", why)

@@ -30,7 +30,7 @@ from gpusq_compile.packed_graph import (
 )
 from gpusq_compile.packing import Packing, packed_tensors, unpack
 from gpusq_compile.sparsity import REDUCTION_AXIS
-from gpusq_compile.user_state import StoredRows, user_tensors
+from gpusq_compile.user_state import StoredRows, in_user_model, user_tensors
 
 MAX_GRAPH_BYTES = 64 * 2**20
 """A graph.json beyond this is refused unread; that of a large transformer has about a megabyte."""
@@ -57,7 +57,8 @@ class PackedModel:
     def state_dict(self) -> Tensors:
         """Weights under the user's own names and shapes, pruned and rounded as deployed.
 
-        Packed weights become float32, so that this goes into the user's module.
+        Packed weights become float32, so that this goes into the user's module: the whole one,
+        where a submodule of it was compiled.
         """
         graph = self.graph
         scales = {layer.weight: layer.tensors.scale for layer in graph.layers}
@@ -68,7 +69,8 @@ class PackedModel:
         state = user_tensors(
             self.tensors, {n: s for n, s in scales.items() if s}, parts, graph.parameters
         )
-        return {n: v.float() if n in scales else v for n, v in state.items()}
+        state = {n: v.float() if n in scales else v for n, v in state.items()}
+        return in_user_model(state, graph.scope)
 
 
 def _rows(part: PartRecord) -> tuple[int, ...]:

@@ -13,6 +13,11 @@ from gpusq_compile.plan import planned
 from gpusq_compile.quantization.operators import DEQUANTIZE
 
 
+def in_user_model(state: Mapping[str, torch.Tensor], scope: str | None) -> dict[str, torch.Tensor]:
+    """A compiled submodule's tensors under their names in the model around it."""
+    return {name if scope is None else f"{scope}.{name}": value for name, value in state.items()}
+
+
 @dataclass(frozen=True)
 class StoredRows:
     """The `rows` of a parameter that was split, as the tensor of the graph that holds them."""

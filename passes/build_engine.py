@@ -27,7 +27,9 @@ from gpusq_compile.remarks import Remark, analysis, missed, passed
 
 def run(compilation: Compilation) -> PassResult:
     gemms = marked_gemms(
-        [plan for _, plan in planned(compilation.ir.graph)], compilation.rules.target.precision
+        [plan for _, plan in planned(compilation.ir.graph)],
+        compilation.rules.target.precision,
+        compilation.targets,
     )
     attentions = [
         MarkedAttention(plan.name)
@@ -85,17 +87,21 @@ def attention_remarks(target: str, attentions: Sequence[AttentionInEngine]) -> l
     return remarks
 
 
-def marked_gemms(plans: list[LayerPlan], precision: Precision) -> list[MarkedGemm]:
+def marked_gemms(
+    plans: Sequence[LayerPlan], precision: Precision, targets: Sequence[str]
+) -> list[MarkedGemm]:
     """What the engine should do with each layer that was changed.
 
-    INT4 weights in blocks under float activations reach the GEMM's kernel in 4 bits, and only there
-    become the target's float type.
+    A layer counts as sparse where one of the targets has sparse kernels for it. INT4 weights in
+    blocks under float activations reach the GEMM's kernel in 4 bits, and only there become the
+    target's float type.
     """
     gemms = []
     for plan in plans:
         if plan.applied == Treatment():
             continue
-        kind = execution(plan, precision).kind
+        kinds = [execution(plan, precision, [target]).kind for target in targets]
+        kind = next((kind for kind in kinds if kind.startswith("sparse")), kinds[0])
         integer = kind in ("sparse int8", "dense int8")
         expected: Literal["int8", "fp16", "fp32"] = "int8" if integer else precision
         weight: Literal["int4"] | None = "int4" if kind == "weight-only int4" else None

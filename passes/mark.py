@@ -18,7 +18,15 @@ import torch.fx
 from gpusq_compile.attention_plan import ATTENTION_PLAN, plan_attention, planned_attentions
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.data import require_calibration_data, require_train_data
-from gpusq_compile.execution import Precision, execution, misses_int4_hardware, takes_sparse_kernels
+from gpusq_compile.engine.sparse_causes import sparse_int8_writes_floats
+from gpusq_compile.execution import (
+    Precision,
+    execution,
+    intended,
+    misses_int4_hardware,
+    takes_sparse_kernels,
+    treatment,
+)
 from gpusq_compile.graph.attention import Attention, find_attentions
 from gpusq_compile.graph.query import (
     WEIGHTED_OPS,
@@ -83,7 +91,9 @@ def run(compilation: Compilation) -> PassResult:
         compilation.console.warn(text)
         result.remarks.append(missed("nothing-marked", text))
     plans = [plan for _, plan in planned(compilation.ir.graph)]
-    result.remarks += pattern_remarks(plans, compilation.rules.target.precision)
+    result.remarks += block_remarks(plans)
+    precision = compilation.rules.target.precision
+    result.remarks += pattern_remarks(plans, precision, compilation.targets)
     for offer, decision, distill in thin_out(tapped):
         role = offer.roles[0] if offer.roles else offer.candidate.op
         rules = tuple(str(hit) for hit in decision.chain)
@@ -259,7 +269,8 @@ def _groups(node: torch.fx.Node) -> int:
 def make_plan(offer: Offer, decision: Decision, compute: Sequence[str]) -> LayerPlan:
     """The plan of a weighted operator, with what its shape does not allow refused."""
     sparsity = decision.sparsity
-    quantize = settled_output(decision.quantize, sparsity, compute)
+    misfit = pattern_refusal(offer, sparsity) if offer.refusal is None else offer.refusal
+    quantize = settled_output(decision.quantize, None if misfit else sparsity, compute)
     plan = LayerPlan(
         name=offer.candidate.name,
         op=offer.candidate.op,
@@ -275,17 +286,22 @@ def make_plan(offer: Offer, decision: Decision, compute: Sequence[str]) -> Layer
         return plan
     if offer.refusal is not None:
         return replace(plan.refuse(offer.refusal), sparsity=None, quantize=None)
-    if sparsity is not None:
-        group = PATTERNS[sparsity.pattern].group
-        if offer.shape[REDUCTION_AXIS] % group:
-            reason = (
-                f"{sparsity.pattern} needs a reduction axis that is a multiple of {group}, "
-                f"found {offer.shape[REDUCTION_AXIS]}"
-            )
-            plan = replace(plan.refuse(reason), sparsity=None)
+    if misfit is not None:
+        plan = replace(plan.refuse(misfit), sparsity=None)
     if quantize is not None and (unfit := block_refusal(offer, quantize)) is not None:
         plan = replace(plan.refuse(unfit), quantize=None)
     return plan
+
+
+def pattern_refusal(offer: Offer, sparsity: Sparsity | None) -> str | None:
+    """Why a weight cannot have a pattern."""
+    if sparsity is None:
+        return None
+    group = PATTERNS[sparsity.pattern].group
+    size = offer.shape[REDUCTION_AXIS]
+    if size % group == 0:
+        return None
+    return f"{sparsity.pattern} needs a reduction axis that is a multiple of {group}, found {size}"
 
 
 def block_refusal(offer: Offer, quantize: Quantize) -> str | None:
@@ -318,15 +334,26 @@ def settled_output(
         return quantize
     integer = "none" not in (quantize.weight, quantize.activation)
     sparse = integer and sparsity is not None and takes_sparse_kernels(sparsity.pattern)
-    needed = sparse and set(compute) != {"sm90"}
+    needed = sparse and not sparse_int8_writes_floats(compute)
     return quantize.model_copy(update={"output": "int8" if needed else "none"})
 
 
-def _type(name: str) -> str | None:
-    return None if name == "none" else name
+def block_remarks(plans: Sequence[LayerPlan]) -> list[Remark]:
+    """A remark for each weight that is one block, which gains nothing in an engine."""
+    text = (
+        "one block is the whole of its input channels: TensorRT makes such a weight float ahead of "
+        "the GEMM, and reads 4 bits in the GEMM's own kernel only from two blocks on"
+    )
+    return [
+        analysis("single-block", text, plan.name)
+        for plan in plans
+        if plan.quantize is not None and plan.quantize.block == plan.shape[REDUCTION_AXIS]
+    ]
 
 
-def pattern_remarks(plans: Sequence[LayerPlan], precision: Precision) -> list[Remark]:
+def pattern_remarks(
+    plans: Sequence[LayerPlan], precision: Precision, targets: Sequence[str]
+) -> list[Remark]:
     """A remark for each layer whose pattern serves less hardware than its types might have.
 
     What was refused of a request does not count.
@@ -335,23 +362,14 @@ def pattern_remarks(plans: Sequence[LayerPlan], precision: Precision) -> list[Re
     for plan in plans:
         if plan.sparsity is None:
             continue
-        intended = replace(plan, applied=treatment(plan.sparsity, plan.quantize))
-        kind, why = execution(intended, precision)
+        planned_layer = intended(plan)
+        kind, why = execution(planned_layer, precision, targets)
         if not kind.startswith("sparse"):
             text = f"no sparse kernel runs its {plan.sparsity.pattern} mask ({kind}): {why}"
             remarks.append(analysis("no-sparse-kernel", text, plan.name))
-        elif misses_int4_hardware(intended.applied):
+        elif misses_int4_hardware(planned_layer.applied):
             remarks.append(analysis("no-sparse-int4", why, plan.name))
     return remarks
-
-
-def treatment(sparsity: Sparsity | None, quantize: Quantize | None) -> Treatment:
-    return Treatment(
-        sparsity=sparsity.pattern if sparsity else None,
-        weight=_type(quantize.weight) if quantize else None,
-        activation=_type(quantize.activation) if quantize else None,
-        output=_type(quantize.output) if quantize else None,
-    )
 
 
 def thin_out(

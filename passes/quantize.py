@@ -33,7 +33,7 @@ from gpusq_compile.quantization.fake_quantize import (
     FakeQuantize,
     IntegerRange,
 )
-from gpusq_compile.remarks import analysis, missed, passed
+from gpusq_compile.remarks import Remark, analysis, missed, passed
 from gpusq_compile.second_moments import LayerInputs, as_matrix, as_weight, output_error
 from gpusq_compile.sparsity import REDUCTION_AXIS, Mask
 
@@ -94,6 +94,7 @@ def run(compilation: Compilation) -> PassResult:
         if plan.applied.weight is not None:
             rounded_already = ROUNDED_WITH in node.meta
             set_weight_scale(graph_module, node, plan, calibration.weight)
+            result.remarks += dead_weights(graph_module, node, plan)
             if plan.quantize and plan.quantize.rounding == "gptq" and not rounded_already:
                 unrounded.append((node, plan))
     if unrounded:
@@ -146,6 +147,30 @@ def set_weight_scale(
     if scale is None:
         scale = weight_scale(weight, method, module.grid.qmax, module.blocks)
     module.to(weight.device).set_scale(scale)
+
+
+def dead_weights(
+    graph_module: torch.fx.GraphModule, node: torch.fx.Node, plan: LayerPlan
+) -> list[Remark]:
+    """Remarks on the scales of a weight that had to be raised to the smallest there is.
+
+    Where all weights under a scale are zero nothing is lost by it; where they are not, levels are.
+    """
+    module, weight = weight_at_quantizer(graph_module, node, plan)
+    needed = weight_scale(weight, "max", module.grid.qmax, module.blocks)
+    unit = "blocks" if module.blocks else "output channels"
+    dead, tiny = int(needed.eq(0).sum()), int((needed.gt(0) & needed.lt(MIN_SCALE)).sum())
+    remarks = []
+    if dead:
+        text = f"all weights of {dead} of {needed.numel()} {unit} are zero: any scale does"
+        remarks.append(analysis("dead-weights", text, plan.name))
+    if tiny:
+        text = (
+            f"the weights of {tiny} of {needed.numel()} {unit} are too small for the smallest "
+            f"scale ({MIN_SCALE:.2g}), which they got: they lose levels, or become zero"
+        )
+        remarks.append(missed("tiny-weights", text, plan.name))
+    return remarks
 
 
 def weight_at_quantizer(

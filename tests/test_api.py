@@ -305,7 +305,7 @@ def test_the_scope_was_trained_inside_the_users_model(
         report = result.report["finetune"][phase]
         assert report["steps"] == 2
         assert report["loss"][0]["hard"] > 0  # The loss is on the wrapper's own logits.
-    trained = result.state_dict()["last_norm.weight"]
+    trained = result.state_dict()["backbone.last_norm.weight"]
     assert not torch.equal(trained, seeded(Detector).backbone.last_norm.weight)
 
 
@@ -325,13 +325,16 @@ def test_the_compiled_scope_goes_back_into_the_users_model_and_its_own_loss(
     assert inside.boxes.weight.grad is not None
 
 
-def test_the_scopes_weights_go_back_into_the_submodule(
+def test_the_scopes_weights_go_back_into_the_whole_model(
     detector: tuple[Detector, CompileResult],
 ) -> None:
     wrapper, result = detector
     eager = copy.deepcopy(wrapper)
-    missing, unexpected = eager.backbone.load_state_dict(result.state_dict(), strict=False)
-    assert (missing, unexpected) == ([], [])
+    state = result.state_dict()
+    missing, unexpected = eager.load_state_dict(state, strict=False)
+    assert unexpected == []
+    assert [name for name in missing if name.startswith("backbone.")] == []
+    assert torch.equal(eager.backbone.stem.weight, state["backbone.stem.weight"])
 
 
 def test_outputs_that_hold_no_logits_are_an_error_of_the_fine_tune() -> None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.compute import ComputeEntry, compute_figures
-from tests.compilations import INT8, SPARSE, begin, make_rules, plan_of, run_until
+from tests.attentions import ATTENTION_INT8, Around, Mixer, spelled_out
+from tests.compilations import INT8, SPARSE, begin, make_rules, plan_of, plans_of, run_until
 from tests.models import CLASSES, TinyViT
 
 
@@ -114,6 +115,18 @@ def test_figures_are_per_sample_whatever_the_batch() -> None:
         ("int4", "int4", "pair4:8", 8, 64),
         # The slower of two types decides, and dequantized weights are dense.
         ("int4", "int8", "2:4", 16, 32),
+        # Of FP32 no core skips 2:4, of FP16 and INT8 none what may lie in one half of a group, and
+        # of INT4 x INT4 those for INT8 skip what does not come in pairs.
+        ("fp32", "fp32", "2:4", 512, 1),
+        ("fp32", "fp32", "portable", 512, 1),
+        ("fp16", "fp16", "portable", 128, 16),
+        ("fp16", "fp16", "pair4:8", 128, 8),
+        ("fp16", "int8", "2:4", 64, 16),
+        ("int8", "int8", "portable", 32, 32),
+        ("int8", "int8", "pair4:8", 32, 16),
+        ("int4", "int8", "pair4:8", 16, 16),
+        ("int4", "int4", None, 16, 32),
+        ("int4", "int4", "2:4", 8, 32),
         ("int4", "fp16", "2:4", 32, 8),
         ("int8", "fp16", "2:4", 64, 8),
     ],
@@ -133,7 +146,7 @@ def test_the_compressed_gemms_alone_reach_the_papers_figures_and_the_model_does_
     rule: dict[str, Any] = {
         "id": "all",
         "match": {"op": "linear"},
-        "sparsity": SPARSE,
+        "sparsity": {"pattern": "portable"},
         "quantize": {"weight": weight, "activation": weight},
     }
     compilation = begin(TinyViT(), torch.randn(2, 2, 8, 8), make_rules(rule), tmp_path)
@@ -146,6 +159,41 @@ def test_the_compressed_gemms_alone_reach_the_papers_figures_and_the_model_does_
     expected = model["macs"] / (figures["gemms"]["macs"] / paper + attention["macs"] / 8)
     assert model["equivalent_flops"]["ratio"] == pytest.approx(expected)
     assert 8 < model["equivalent_flops"]["ratio"] < paper
+
+
+@pytest.mark.parametrize(
+    ("rules", "fused"), [("int8", "fp16"), ("int8-attention", "int8"), ("int4", "fp16")]
+)
+def test_attention_is_in_integers_only_where_its_own_plan_says_so(
+    rules: str, fused: str, tmp_path: Path
+) -> None:
+    """The output of a quantized QKV is INT8 in all three; a fused attention reads it in float."""
+    timm = pytest.importorskip("timm")
+    model = timm.models.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2, num_classes=10
+    )
+    data = [((torch.randn(2, 3, 32, 32),), torch.tensor([0, 1]))]
+    compilation = begin(model.eval(), torch.randn(2, 3, 32, 32), rules, tmp_path, data=data)
+    run_until(compilation, "split_outputs")
+    found = [e for e in by_name(compilation).values() if e.kind == "attention"]
+    assert {(e.weight, e.activation) for e in found} == {(fused, fused)}
+    assert sum(e.macs for e in found) == 2 * 2 * 17 * 17 * 64
+    outputs = [plan.applied.output for plan in plans_of(compilation).values() if "qkv" in plan.name]
+    assert outputs == ["int8", "int8"]
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_spelled_out_product_of_dequantized_factors_goes_by_its_plan(
+    quantized: bool, tmp_path: Path
+) -> None:
+    outputs = {"weight": "int8", "activation": "int8", "output": "int8"}
+    linears = {"id": "linears", "match": {"op": "linear"}, "quantize": outputs}
+    rules = [linears, ATTENTION_INT8] if quantized else [linears]
+    model = Around(Mixer(spelled_out()))
+    compilation = begin(model, torch.randn(2, 6, 64), make_rules(*rules), tmp_path)
+    run_until(compilation, "split_outputs")
+    products = [e for e in by_name(compilation).values() if e.kind == "attention"]
+    assert [e.activation for e in products] == ["int8" if quantized else "fp16"] * 2
 
 
 def test_a_refused_layer_counts_as_what_it_stays(tmp_path: Path) -> None:

@@ -19,10 +19,11 @@ from gpusq_compile.engine import MarkedGemm, find_gemms
 from gpusq_compile.engine.layer_info import parse_layer_info
 from gpusq_compile.engine.trtexec_log import ElsewhereBuild, read_build
 from gpusq_compile.errors import InputError
+from gpusq_compile.report.attention import attention_lines
 from gpusq_compile.report.engine_logs import read_logs, with_logs
 from gpusq_compile.report.log_view import log_lines
 from gpusq_compile.report.sparse_view import sparse_lines, sparse_table
-from tests.engine_logs import DATA, FC1, FC2, PROJ, QKV, SHAPES, make_report
+from tests.engine_logs import DATA, FC1, FC2, PROJ, QKV, SHAPES, make_layer, make_report
 
 MARKED = [MarkedGemm(name, "int8", sparse=True) for name in SHAPES]
 
@@ -313,3 +314,82 @@ def test_faults_of_logs_that_were_found_are_handed_back_and_of_given_ones_raised
     assert with_logs(report, builds) == before
     with pytest.raises(InputError, match=r"engine-log-empty"):
         read_logs(report, [], [tmp_path / "x.log"])
+
+
+def test_weights_of_four_bits_are_looked_for_in_a_log_from_elsewhere() -> None:
+    names = ("layers.0.feed.up", "layers.0.feed.down")
+    asked = {"sparsity": None, "weight": "int4", "activation": None, "output": None}
+    shape: dict[str, Any] = {"role": "mlp", "shape": [64, 64], "requested": asked, "applied": asked}
+
+    def missed(kind: str) -> list[dict[str, Any]]:
+        execution = {"kind": kind, "why": "because"}
+        report = make_report()
+        report["layers"] = [
+            make_layer(QKV, **shape, execution=execution) | {"name": name} for name in names
+        ]
+        builds, _ = read_logs(report, [], [DATA / "rtx_int4_blocks.log"])
+        [entry] = with_logs(report, builds)["engine_logs"]
+        assert entry["gemms"] == 2
+        found: list[dict[str, Any]] = entry["missed"]
+        return found
+
+    [up] = missed("weight-only int4")
+    assert up["layer"] == names[0]
+    assert "dequantizes the whole weight ahead of the product" in up["reason"]
+    # Per channel they are stored in INT8, and only the type of the product is asked about.
+    assert missed("weight-only int8") == []
+
+
+MHA = (
+    "Name: _gemm_mha_v2_myl0_5, LayerType: kgen, Inputs: [{inputs}], Constants: [], Outputs: "
+    "[ {{ Name: o, Dimensions: [-1,6,197,64], Datatype: Int8, Format: Linear }}], TacticName: "
+    "_gemm_mha_v2_0x1, StreamId: 0, Metadata: [ONNX Layer: {name}/av][ONNX Layer: {name}/softmax]"
+    "[ONNX Layer: {name}/qk]\n"
+)
+
+
+def with_attention(path: Path, dtype: str, name: str = "blocks.0.attn") -> Path:
+    """A log at `path` in which an attention is one kernel on factors of this type."""
+    factor = f"{{ Name: t, Dimensions: [-1,6,197,64], Datatype: {dtype}, Format: Linear }}"
+    text = (DATA / "trtexec_10_block.log").read_text()
+    at = text.index(f"Name: {PROJ}_myl0_6")
+    line = MHA.format(inputs=", ".join([factor] * 3), name=name)
+    path.write_text(text[:at] + line + text[at:])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name", "shown"),
+    [
+        ("Int8", "blocks.0.attn", ["  a.log: 1 of 1 fused in one INT8 kernel each"]),
+        (
+            "Half",
+            "blocks.0.attn",
+            [
+                "  a.log: 0 of 1 fused in one INT8 kernel each",
+                "  missed in a.log: blocks.0.attn is fp16: engine layer '_gemm_mha_v2_myl0_5' "
+                "takes fp16, fp16, fp16",
+            ],
+        ),
+        ("Int8", "other", ["  a.log: 0 of 1 fused in one INT8 kernel each, 1 unknown"]),
+    ],
+)
+def test_attentions_are_answered_from_a_log_from_elsewhere(
+    dtype: str, name: str, shown: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with_attention(tmp_path / "a.log", dtype, name)
+    asked = {"sparsity": None, "weight": None, "activation": "int8", "output": None}
+    nothing = dict.fromkeys(asked)
+    quantized = {"name": "blocks.0.attn", "planned": True, "requested": asked, "applied": asked}
+    left = {"name": "blocks.1.attn", "planned": False, "requested": nothing, "applied": nothing}
+    report = make_report() | {
+        "engine": None,
+        "attentions": [entry | {"reasons": []} for entry in (quantized, left)],
+    }
+    builds, _ = read_logs(report, [], [Path("a.log")])
+    read = with_logs(report, builds)
+    [found] = read["engine_logs"][0]["attentions"]
+    assert (found["name"], found["expected"]) == ("blocks.0.attn", "int8")
+    assert attention_lines(read) == ["attention: 1 of 2 in INT8", *shown]
+    assert read["engine_logs"][0]["planned_type"] == 4

@@ -34,23 +34,29 @@ def plan(**applied: str | None) -> LayerPlan:
     return LayerPlan("layer", "linear", (), "layer.weight", (32, 32)).apply(**applied)
 
 
+INT8_OUT = dict.fromkeys(("weight", "activation", "output"), "int8")
+INT4_OUT = {"weight": "int4", "activation": "int4", "output": "int8"}
+
+
 @pytest.mark.parametrize(
     ("applied", "expected", "sparse"),
     [
-        ({"weight": "int8", "activation": "int8", "sparsity": "2:4"}, "int8", True),
+        ({**INT8_OUT, "sparsity": "2:4"}, "int8", True),
+        # With a float output there is no sparse kernel.
+        ({**INT8_OUT, "output": None, "sparsity": "2:4"}, "int8", False),
         ({"weight": "int8", "activation": "int8"}, "int8", False),
         # INT4 values are stored and multiplied as INT8.
-        ({"weight": "int4", "activation": "int4", "sparsity": "2:4"}, "int8", True),
+        ({**INT4_OUT, "sparsity": "2:4"}, "int8", True),
         ({"weight": "int4", "activation": "int8"}, "int8", False),
         ({"weight": "int4"}, "fp16", False),
         # A weight alone is dequantized before the GEMM, which computes in the target's precision.
         ({"weight": "int8"}, "fp16", False),
         ({"activation": "int8"}, "fp16", False),
         ({"sparsity": "2:4"}, "fp16", True),
-        ({"weight": "int4", "activation": "int4", "sparsity": "portable"}, "int8", True),
+        ({**INT4_OUT, "sparsity": "portable"}, "int8", True),
         ({"sparsity": "portable"}, "fp16", True),
         # No kernel of TensorRT takes pairs out of eight.
-        ({"weight": "int4", "activation": "int4", "sparsity": "pair4:8"}, "int8", False),
+        ({**INT4_OUT, "sparsity": "pair4:8"}, "int8", False),
         ({"sparsity": "pair4:8"}, "fp16", False),
         ({"weight": "int8", "sparsity": "2:4"}, "fp16", False),
     ],
@@ -58,12 +64,23 @@ def plan(**applied: str | None) -> LayerPlan:
 def test_a_layer_is_expected_in_the_type_its_plan_leads_to(
     applied: dict[str, str | None], expected: str, sparse: bool
 ) -> None:
-    [gemm] = marked_gemms([plan(**applied)], "fp16")
+    [gemm] = marked_gemms([plan(**applied)], "fp16", ["sm86"])
     assert (gemm.name, gemm.expected, gemm.sparse) == ("layer", expected, sparse)
 
 
+@pytest.mark.parametrize(
+    ("targets", "sparse"), [(["sm90"], True), (["sm86", "sm90"], True), (["sm86"], False)]
+)
+def test_a_layer_is_sparse_where_one_target_has_kernels_for_it(
+    targets: list[str], sparse: bool
+) -> None:
+    layer = plan(weight="int8", activation="int8", sparsity="2:4")
+    [gemm] = marked_gemms([layer], "fp16", targets)
+    assert (gemm.expected, gemm.sparse) == ("int8", sparse)
+
+
 def test_layers_that_were_left_alone_are_expected_to_be_nothing() -> None:
-    assert marked_gemms([plan()], "fp16") == []
+    assert marked_gemms([plan()], "fp16", ["sm86"]) == []
 
 
 def test_no_engine_is_built_where_none_was_asked_for(verified: Compilation) -> None:

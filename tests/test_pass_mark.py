@@ -204,6 +204,23 @@ def test_an_automatic_output_is_int8_where_sparse_kernels_of_the_target_write_no
     assert plan.requested.output == plan.applied.output == output
 
 
+def test_an_automatic_output_stays_float_where_the_mask_is_refused() -> None:
+    rule = {**EVERYTHING, "quantize": {**INT8, "output": "auto"}}
+    compilation = marked(seeded(Perceptron, (66, 64, 32)), noise(2, 66), rule)
+    first, second = plan_of(compilation, "first"), plan_of(compilation, "second")
+    assert first.reasons == ("2:4 needs a reduction axis that is a multiple of 4, found 66",)
+    assert (first.requested.output, second.requested.output) == (None, "int8")
+
+
+@pytest.mark.parametrize(("size", "found"), [(64, ["first"]), (128, [])])
+def test_a_weight_of_one_block_is_remarked(size: int, found: list[str]) -> None:
+    quantize = {"weight": "int4", "activation": "none", "block": 64}
+    rule = {"id": "blocks", "match": {"name": "first"}, "quantize": quantize}
+    compilation = marked(seeded(Perceptron, (size, 64, 32)), noise(2, size), rule)
+    remarks = [r for r in remarks_of(compilation, "mark") if r.code == "single-block"]
+    assert [remark.layer for remark in remarks] == found
+
+
 def test_targets_of_the_command_line_settle_outputs_in_place_of_those_of_the_rules() -> None:
     document = make_rules(
         {
@@ -251,7 +268,15 @@ NO_KERNEL = [
     ("pair4:8", None, "fp16", "no-sparse-kernel", "dense fp16"),
     ("2:4", None, "fp32", "no-sparse-kernel", "dense fp32"),
     ("2:4", {**INT8, "activation": "none"}, "fp16", "no-sparse-kernel", "weight-only int8"),
-    ("2:4", FOUR, "fp16", "no-sparse-int4", "sparse INT4 tensor cores take pairs, not 2:4"),
+    ("2:4", INT8, "fp16", "no-sparse-kernel", "writes floats: `output: auto` or `int8`"),
+    ("2:4", FOUR, "fp16", "no-sparse-kernel", "writes floats: `output: auto` or `int8`"),
+    (
+        "2:4",
+        {**FOUR, "output": "auto"},
+        "fp16",
+        "no-sparse-int4",
+        "sparse INT4 tensor cores take pairs, not 2:4",
+    ),
 ]
 
 
@@ -271,7 +296,13 @@ def test_a_pattern_that_the_target_cannot_use_is_remarked(
 
 @pytest.mark.parametrize(
     ("pattern", "quantize"),
-    [("2:4", INT8), ("2:4", None), ("portable", FOUR), ("portable", INT8), ("portable", None)],
+    [
+        ("2:4", {**INT8, "output": "auto"}),
+        ("2:4", None),
+        ("portable", {**FOUR, "output": "auto"}),
+        ("portable", {**INT8, "output": "int8"}),
+        ("portable", None),
+    ],
 )
 def test_a_pattern_that_the_target_uses_is_not_remarked(
     pattern: str, quantize: dict[str, str] | None
@@ -281,6 +312,22 @@ def test_a_pattern_that_the_target_uses_is_not_remarked(
         rule["quantize"] = quantize
     compilation = marked(seeded(Perceptron), noise(2, 32), rule, precision="fp16")
     assert remarks_of(compilation, "mark", Kind.ANALYSIS) == []
+
+
+@pytest.mark.parametrize(("target", "remarks"), [("sm90", 0), ("sm86", 1)])
+def test_the_targets_of_the_command_line_decide_on_sparse_kernels_with_float_outputs(
+    target: str, remarks: int
+) -> None:
+    rule = {
+        "id": "a",
+        "match": {"name": "first"},
+        "sparsity": {"pattern": "2:4"},
+        "quantize": INT8,
+    }
+    document = make_rules(rule, precision="fp16")
+    compilation = begin(seeded(Perceptron), noise(2, 32), document, targets=(target,))
+    run_until(compilation, "mark")
+    assert len(remarks_of(compilation, "mark", Kind.ANALYSIS)) == remarks
 
 
 def test_a_refused_pattern_is_not_remarked_again() -> None:

@@ -440,3 +440,20 @@ def test_gptq_on_generated_noise_is_told() -> None:
     run_until(compilation, "quantize")
     [remark] = remarks_of(compilation, "quantize", Kind.MISSED)
     assert remark.code == "synthetic-calibration"
+
+
+@pytest.mark.parametrize("weight", ["int8", "int4"])
+def test_channels_whose_scale_is_the_smallest_there_is_are_remarked(weight: str) -> None:
+    model = seeded(Perceptron)
+    with torch.no_grad():
+        model.first.weight[:3] = 0
+        model.first.weight[3] *= 1e-7
+    compilation = run_until(
+        begin(model, noise(8, 32), make_rules(rule(weight=weight, activation="none"))), "quantize"
+    )
+    found = {r.code: r for r in remarks_of(compilation, "quantize") if "-weights" in r.code}
+    assert {remark.layer for remark in found.values()} == {"first"}
+    assert found["dead-weights"].kind is Kind.ANALYSIS
+    assert found["dead-weights"].reason.startswith("all weights of 3 of 64 output")
+    assert found["tiny-weights"].kind is Kind.MISSED
+    assert found["tiny-weights"].reason.startswith("the weights of 1 of 64 output")

@@ -88,6 +88,7 @@ CUTS: dict[str, Callable[[Tensor], Any]] = {
     "sizes": lambda y: y.split([32, 32, 32], dim=-1),
     "slices": by_slices,
     "multihead": like_multihead,
+    "two views": lambda y: by_view(y.view(y.shape[0], 5, 96).view(y.shape[0], 5, 96)),
     "unused": lambda y: y.chunk(3, dim=-1)[1:],
 }
 

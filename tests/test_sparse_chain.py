@@ -26,6 +26,10 @@ class Linears(nn.Module):
         return self.dense(self.fit(self.odd(x).relu()).relu())
 
 
+def engine(*gemms: GemmInEngine) -> BuiltEngine:
+    return BuiltEngine("engine/model.plan", 1, 1.0, gemms)
+
+
 RULES = make_rules(
     {"id": "all", "match": {"op": "linear"}, "sparsity": {"pattern": "2:4"}},
     {"id": "not-the-last", "match": {"name": "dense"}, "sparsity": "none"},
@@ -55,7 +59,40 @@ def test_an_engine_that_was_built_here_is_judged_like_one_from_elsewhere(
 ) -> None:
     compilation = run_until(begin(Linears(), torch.randn(4, 30), RULES, tmp_path), "verify_onnx")
     found = GemmInEngine("fit", "fp32", "fp32", "passed", eligible=eligible, picked=picked)
-    built = BuiltEngine("engine/model.plan", 1, 1.0, (found,))
-    compilation.engine = EngineReport("tensorrt", "10.13.0", {"sm86": built})
+    compilation.engine = EngineReport("tensorrt", "10.13.0", {"sm86": engine(found)})
     chain = layer_entry(compilation, plan_of(compilation, "fit"))["sparse_kernel"]
     assert (chain["eligible"], chain["picked"], chain["causes"]) == (eligible, picked, causes)
+
+
+@pytest.mark.parametrize("order", [("sm86", "sm90"), ("sm90", "sm86")])
+@pytest.mark.parametrize(
+    ("least", "most"),
+    [(("no", "no"), ("yes", "yes")), (("yes", "no"), ("unknown", "unknown"))],
+)
+def test_of_several_engines_the_one_where_it_got_least_far_counts(
+    least: tuple[Any, Any], most: tuple[Any, Any], order: tuple[str, str], tmp_path: Path
+) -> None:
+    compilation = run_until(begin(Linears(), torch.randn(4, 30), RULES, tmp_path), "mark")
+    answers = {"sm86": least, "sm90": most}
+    compilation.engine = EngineReport(
+        "tensorrt",
+        "10.13.0",
+        {
+            target: engine(
+                GemmInEngine(
+                    "fit",
+                    "fp32",
+                    "fp32",
+                    "passed",
+                    eligible=answers[target][0],
+                    picked=answers[target][1],
+                )
+            )
+            for target in order
+        },
+    )
+    plan = plan_of(compilation, "fit").apply(sparsity="2:4")
+    chain = layer_entry(compilation, plan)["sparse_kernel"]
+    assert (chain["eligible"], chain["picked"]) == least
+    assert chain["reason"].startswith("sm86: ")
+    assert chain["causes"] == ["small"]

@@ -347,17 +347,15 @@ def test_the_engine_should_read_four_bits_and_multiply_in_the_targets_precision(
     quantized: Compilation,
 ) -> None:
     precision = quantized.rules.target.precision
-    for gemm in marked_gemms(list(plans_of(quantized).values()), precision):
+    for gemm in marked_gemms(list(plans_of(quantized).values()), precision, ["sm86"]):
         assert (gemm.expected, gemm.weight) == (precision, "int4")
 
 
 def test_four_bit_values_in_int8_are_not_expected_in_four_bits() -> None:
     rule = {"id": "w", "match": {"op": "linear"}, "quantize": {"weight": "int4"}}
     compilation = run_until(begin(seeded(Perceptron), noise(2, 32), make_rules(rule)), "quantize")
-    assert [gemm.weight for gemm in marked_gemms(list(plans_of(compilation).values()), "fp16")] == [
-        None,
-        None,
-    ]
+    gemms = marked_gemms(list(plans_of(compilation).values()), "fp16", ["sm86"])
+    assert [gemm.weight for gemm in gemms] == [None, None]
 
 
 def logged(*gemms: MarkedGemm) -> list[Any]:

@@ -14,7 +14,7 @@ what is known to keep a kernel away, each with its source:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from gpusq_compile.engine.report import Answer
@@ -28,6 +28,11 @@ ALIGNMENT = {"int8": 32, "fp16": 16, "fp32": 8}
 
 FLOAT_OUTPUT_TARGETS = frozenset({"sm90"})
 """GPUs whose sparse INT8 kernels write float outputs as well."""
+
+
+def sparse_int8_writes_floats(targets: Collection[str]) -> bool:
+    """Whether all of these GPUs have sparse INT8 kernels with float outputs; False of none."""
+    return bool(targets) and FLOAT_OUTPUT_TARGETS.issuperset(targets)
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ def _unlikely(layer: SparseLayer, targets: Sequence[str]) -> list[Cause]:
     """What leaves no sparse kernel that is fast, or none on these GPUs."""
     found = []
     float_output = layer.output is None and _operands(layer) == "int8"
-    if float_output and not (targets and FLOAT_OUTPUT_TARGETS.issuperset(targets)):
+    if float_output and not sparse_int8_writes_floats(targets):
         text = (
             "its output is not INT8, and only sm90 has sparse INT8 kernels with float outputs: "
             "write `output: int8` or `auto`"

@@ -77,7 +77,7 @@ def find_cut(value: torch.fx.Node) -> Cut:
         if user.target in RESHAPES or user.target is aten.unflatten.int:
             if len(channel_axes) != 1 or channel_axes[0] != axes[-1]:
                 raise NotCut(f"{name_of(user)} joins axes behind it")
-            channel_axes = tuple(axis for axis in after if axis not in axes)
+            channel_axes = after[len(axes) - 1 :]
             factors = tuple(sizes[user][after.index(axis)] for axis in channel_axes)
         steps.append(Step(user, axes, after))
         axes, node = after, user
@@ -134,11 +134,11 @@ def _axes_after(node: torch.fx.Node, axes: tuple[int, ...], sizes: Sizes) -> tup
         old, new = sizes[args[0]], sizes[node]
         if tuple(new[:outer]) != tuple(old[:outer]) or len(new) < count:
             raise NotCut(f"{name_of(node)} joins its channels with other axes")
-        return (*axes[:outer], *range(100, 100 + len(new) - outer))
+        return (*axes[:outer], *_new_axes(axes, len(new) - outer))
     if target is aten.unflatten.int:
         if _positive(args[1], count) != count - 1:
             raise NotCut(f"{name_of(node)} divides another axis than its channels")
-        return (*axes[:-1], *range(100, 100 + len(sizes[node]) - count + 1))
+        return (*axes[:-1], *_new_axes(axes, len(sizes[node]) - count + 1))
     if target is aten.permute.default:
         assert isinstance(args[1], (list, tuple))
         return tuple(axes[_positive(dim, count)] for dim in args[1])
@@ -149,13 +149,18 @@ def _axes_after(node: torch.fx.Node, axes: tuple[int, ...], sizes: Sizes) -> tup
         return tuple(swapped)
     if target is aten.unsqueeze.default:
         at = _positive(args[1], count + 1)
-        return (*axes[:at], 200 + len(axes), *axes[at:])
+        return (*axes[:at], *_new_axes(axes, 1), *axes[at:])
     if target is aten.squeeze.dim:
         at = _positive(args[1], count)
         return axes if len(sizes[node]) == count else (*axes[:at], *axes[at + 1 :])
     if target is aten.clone.default:
         return axes
     raise NotCut(f"its output goes through {name_of(node)} as a whole")
+
+
+def _new_axes(axes: tuple[int, ...], count: int) -> range:
+    first = max(axes) + 1
+    return range(first, first + count)
 
 
 def _pieces(
@@ -221,8 +226,10 @@ def _on_part(step: Step, cut: Cut, share: int) -> tuple[Any, tuple[Any, ...]]:
     before, after, node = left(step.before), left(step.after), step.node
     outer = len(step.before) - 1
     if node.target in RESHAPES or node.target is aten.unflatten.int:
+        # Before the view that names the parts, a part has its share of all channels.
+        divided = {cut.axis} if cut.axis in step.after else set(step.after[outer:])
         factors = [
-            int(size) // share if axis == cut.axis else int(size)
+            int(size) // share if axis in divided else int(size)
             for axis, size in zip(step.after[outer:], node.meta["val"].shape[outer:], strict=True)
             if cut.kept or axis != cut.axis
         ]

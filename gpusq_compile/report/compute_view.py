@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 PAPER = "GPUSQ-ViT: 31x in INT8, 62x in INT4"
+HARDWARE = "as on INT4 tensor cores; TensorRT multiplies INT8"
 
 
 def compute_lines(report: dict[str, Any]) -> list[str]:
@@ -23,6 +24,13 @@ def compute_lines(report: dict[str, Any]) -> list[str]:
             f"FP32, whole model {_times(model['equivalent_flops'])} ({PAPER}); bit operations: "
             f"{_times(gemms['bit_operations'])}, {_times(model['bit_operations'])}"
         )
+        four_bits = [
+            operator
+            for operator in compute["operators"]
+            if operator["weight"] == operator["activation"] == "int4"
+        ]
+        if four_bits:
+            lines.append(f"  INT4 x INT4 {HARDWARE}")
     return lines
 
 

@@ -13,13 +13,15 @@ from gpusq_compile.compilation import Compilation, PassRecord
 from gpusq_compile.compute import compute_figures
 from gpusq_compile.engine import GemmInEngine
 from gpusq_compile.errors import GpusqError
-from gpusq_compile.execution import execution
+from gpusq_compile.execution import execution, intended
 from gpusq_compile.plan import LayerPlan, Treatment, planned
 from gpusq_compile.report.packed import packed_storage
 from gpusq_compile.report.sparse_chain import sparse_chain
 
 SCHEMA_VERSION = 1
 FP32_BYTES = 4
+PROGRESS = {"no": 0, "unknown": 1, "yes": 2}
+"""How far an answer lets a layer's sparsity get."""
 
 
 def make_report(
@@ -81,7 +83,8 @@ def pass_entry(record: PassRecord) -> dict[str, Any]:
 
 def layer_entry(compilation: Compilation, plan: LayerPlan) -> dict[str, Any]:
     stored = compilation.stored.get(plan.name)
-    kind, why = execution(plan, compilation.rules.target.precision)
+    settled = plan if "quantized" in compilation.facts else intended(plan)
+    kind, why = execution(settled, compilation.rules.target.precision, compilation.targets)
     packed = compilation.packed.layers.get(plan.name) if compilation.packed else None
     entry = {
         "name": plan.name,
@@ -98,15 +101,26 @@ def layer_entry(compilation: Compilation, plan: LayerPlan) -> dict[str, Any]:
         "execution": {"kind": kind, "why": why},
         "engine": engine_entry(compilation, plan.name),
     }
-    target = target_entry(compilation)
-    built = gemm_by_target(compilation, plan.name)
-    entry["sparse_kernel"] = sparse_chain(
-        entry,
-        next(iter(built.values()), None),
-        precision=target["precision"],
-        targets=target["compute"],
-    )
+    entry["sparse_kernel"] = shortest_chain(compilation, entry)
     return entry
+
+
+def shortest_chain(compilation: Compilation, entry: dict[str, Any]) -> dict[str, Any] | None:
+    """A layer's chain in the engine where it got least far, whose name comes before the reason
+    where there are several; without an engine, as far as the run itself saw."""
+    precision = compilation.rules.target.precision
+    built = gemm_by_target(compilation, entry["name"])
+    if not built:
+        return sparse_chain(entry, None, precision=precision, targets=compilation.targets)
+    chains = []
+    for target, gemm in built.items():
+        chain = sparse_chain(entry, gemm, precision=precision, targets=[target])
+        if chain is None:
+            return None
+        if chain["reason"] and len(built) > 1 and "refused" not in chain["causes"]:
+            chain["reason"] = f"{target}: {chain['reason']}"
+        chains.append(chain)
+    return min(chains, key=lambda c: (PROGRESS[c["picked"]], PROGRESS[c["eligible"]]))
 
 
 def attention_entry(compilation: Compilation, plan: AttentionPlan) -> dict[str, Any]:

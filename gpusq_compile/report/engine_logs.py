@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from gpusq_compile.engine.attention import find_attentions
 from gpusq_compile.engine.builder_log import find_gemms
 from gpusq_compile.engine.trtexec_log import ElsewhereBuild, read_build
 from gpusq_compile.errors import InputError, relative_to_cwd
-from gpusq_compile.report.sparse_chain import gemms_of, sparse_chain
+from gpusq_compile.report.sparse_chain import attentions_of, gemms_of, sparse_chain
 
 
 def read_logs(
@@ -40,7 +42,7 @@ def read_logs(
 
 
 def with_logs(report: dict[str, Any], builds: Sequence[ElsewhereBuild]) -> dict[str, Any]:
-    """A copy of the report with an entry per build in `engine_logs`.
+    """A copy of the report with an entry per build in `engine_logs`, the quantized attentions' too.
 
     Each layer's `sparse_kernel` is that of the first build with sparse kernels, or of the first.
     """
@@ -59,6 +61,7 @@ def _entry(report: dict[str, Any], build: ElsewhereBuild) -> dict[str, Any]:
     precision = asked.get("precision", "fp16")
     targets = [build.target] if build.target else asked.get("compute", [])
     gemms = find_gemms(build.log, gemms_of(report["layers"], precision))
+    attentions = find_attentions(build.log, attentions_of(report.get("attentions", [])))
     by_name = {gemm.name: gemm for gemm in gemms}
     chains = {
         layer["name"]: sparse_chain(
@@ -86,4 +89,5 @@ def _entry(report: dict[str, Any], build: ElsewhereBuild) -> dict[str, Any]:
         "eligible": build.log.eligible.count if build.log.eligible else None,
         "picked": build.log.picked.count if build.log.picked else None,
         "layers": chains,
+        "attentions": [asdict(attention) for attention in attentions],
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
-from gpusq_compile.engine.report import Answer, GemmInEngine, MarkedGemm
+from gpusq_compile.engine.report import Answer, GemmInEngine, MarkedAttention, MarkedGemm
 from gpusq_compile.engine.sparse_causes import Cause, SparseLayer, sparse_causes
 
 Layer = Mapping[str, Any]
@@ -77,7 +77,8 @@ def _sparse_layer(
 
 
 def gemms_of(layers: Sequence[Layer], precision: str) -> list[MarkedGemm]:
-    """In which type the engine should multiply each compressed linear and convolution."""
+    """In which type the engine should multiply each compressed linear and convolution, and read
+    its weight."""
     gemms = []
     for layer in layers:
         applied = layer["applied"]
@@ -85,5 +86,15 @@ def gemms_of(layers: Sequence[Layer], precision: str) -> list[MarkedGemm]:
             continue
         integer = applied["weight"] is not None and applied["activation"] is not None
         expected = cast(Literal["int8", "fp16", "fp32"], "int8" if integer else precision)
-        gemms.append(MarkedGemm(layer["name"], expected, applied["sparsity"] is not None))
+        # Without blocks 4-bit values are stored, and read, as INT8.
+        in_blocks = layer.get("execution", {}).get("kind") == "weight-only int4"
+        sparse = applied["sparsity"] is not None
+        gemms.append(
+            MarkedGemm(layer["name"], expected, sparse, weight="int4" if in_blocks else None)
+        )
     return gemms
+
+
+def attentions_of(attentions: Sequence[Mapping[str, Any]]) -> list[MarkedAttention]:
+    """The attentions of the report that should be one INT8 kernel each."""
+    return [MarkedAttention(a["name"]) for a in attentions if a["applied"]["activation"]]

@@ -17,6 +17,7 @@ from rich.table import Table
 from gpusq_compile.console import print_sentence
 from gpusq_compile.report.attention import attention_lines
 from gpusq_compile.report.compute_view import compute_lines
+from gpusq_compile.report.execution_view import execution_lines
 from gpusq_compile.report.log_view import log_lines
 from gpusq_compile.report.sparse_view import sparse_lines, sparse_table
 
@@ -32,6 +33,7 @@ def show_report(report: dict[str, Any], console: Console, files: Iterable[str] =
         console.print(sparse)
     views = (
         refusals,
+        execution_lines,
         sparse_lines,
         attention_lines,
         finetune_lines,
@@ -52,8 +54,9 @@ def show_report(report: dict[str, Any], console: Console, files: Iterable[str] =
 def show_plan(report: dict[str, Any], console: Console) -> None:
     """Print what the rules decided, of a report that stops there (`--dry-run`)."""
     console.print(plan_table(report))
-    for text in (*refusals(report), *attention_lines(report), *tap_lines(report)):
-        print_sentence(console, escape(text))
+    for view in (refusals, execution_lines, attention_lines, tap_lines):
+        for text in view(report):
+            print_sentence(console, escape(text))
     console.print("nothing was written (--dry-run)")
 
 
@@ -80,7 +83,7 @@ def layer_table(report: dict[str, Any]) -> Table:
     table = Table(title="layers", title_justify="left")
     table.add_column("role", no_wrap=True)
     types = weight_types(report)
-    for column in ("layers", "asked", "2:4", *types, "mask ok", "engine ok"):
+    for column in ("layers", "asked", "sparse", *types, "mask ok", "engine ok"):
         table.add_column(column, justify="right", no_wrap=True)
     roles: dict[str, list[dict[str, Any]]] = {}
     for layer in report["layers"]:
