@@ -123,7 +123,7 @@ def table(results: dict[str, Any]) -> str:
                 for part in found["refused"]
             ]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines += ["", "Not as planned: " + ("" if notes else "nothing."), *(f"- {n}" for n in notes)]
+    lines += ["", "Not as planned:", *(f"- {note}" for note in notes or ["nothing"])]
     lines += ["", "No rule asks for anything on:"]
     for model, by_rules in results["models"].items():
         left = next(iter(by_rules.values()))["not_asked"]
