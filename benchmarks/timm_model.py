@@ -16,7 +16,7 @@ from torch import Tensor, nn
 NAME = os.environ.get("COMPILE_TIME_MODEL", "deit_tiny_patch16_224")
 IMAGES = int(os.environ.get("COMPILE_TIME_IMAGES", "32"))
 BATCH = int(os.environ.get("COMPILE_TIME_BATCH", "8"))
-IMAGE_SHAPE = (3, 224, 224)
+IMAGE_SHAPE: tuple[int, ...] = timm.get_pretrained_cfg(NAME).input_size
 
 
 def model() -> nn.Module:
@@ -26,11 +26,11 @@ def model() -> nn.Module:
 
 
 def example_inputs() -> tuple[Tensor, ...]:
-    """Float32, shape (2, 3, 224, 224)."""
+    """Float32, shape (2, 3, height, width)."""
     return (torch.randn(2, *IMAGE_SHAPE, generator=torch.Generator().manual_seed(1)),)
 
 
 def calibration_data() -> list[Tensor]:
-    """Batches of float32 images, shape (batch, 3, 224, 224)."""
+    """Batches of float32 images, shape (batch, 3, height, width)."""
     images = torch.randn(IMAGES, *IMAGE_SHAPE, generator=torch.Generator().manual_seed(2))
     return list(images.split(BATCH))
