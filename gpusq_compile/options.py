@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,10 @@ def check_options(options: Options, passes: Sequence[str]) -> None:
             raise InputError(
                 "unknown-target",
                 f"no target '{target}'",
-                hint=did_you_mean(target, get_args(Compute)),
+                # The number nearest to a GPU's is another GPU.
+                hint="valid: " + ", ".join(sorted(get_args(Compute)))
+                if re.fullmatch(r"sm\d+", target)
+                else did_you_mean(target, get_args(Compute)),
             )
     if options.steps is not None and options.steps < 1:
         raise InputError("steps", f"{options.steps} steps: expected 1 or more")

@@ -91,13 +91,21 @@ def _remove_empty(folders: list[Path]) -> None:
             return
 
 
+def stale_logs(output: Path, names: list[str]) -> list[Path]:
+    """The logs of engines that were built here from an earlier run's model."""
+    engine = output / "engine"
+    found = [*engine.glob("*.log"), *engine.glob("*.layers.json")]
+    return [path for path in found if str(path.relative_to(output)) not in names]
+
+
 def publish(stage: Path, output: Path, about: dict[str, Any]) -> list[Path]:
     """Move every staged file into `output`, the manifest last.
 
     Everything that can fail for want of space is done before the first rename, and signals wait
     until the last one: the folder holds one run or the other. Files that an earlier run listed in
-    its manifest and this one did not write are removed, and so is the `repro/` of a crash. `about`
-    is what the manifest says beside its files.
+    its manifest and this one did not write are removed, and so is the `repro/` of a crash. What
+    `build_engine.sh` logged of the earlier run's model is kept as `*.old`, so that nobody reads it
+    as this one's. `about` is what the manifest says beside its files.
     """
     staged = sorted(path for path in stage.rglob("*") if path.is_file())
     names = [str(path.relative_to(stage)) for path in staged]
@@ -114,6 +122,8 @@ def publish(stage: Path, output: Path, about: dict[str, Any]) -> list[Path]:
             if (output / name).parent != output:
                 _remove_empty([(output / name).parent])
         shutil.rmtree(output / REPRO, ignore_errors=True)
+        for log in stale_logs(output, names):
+            os.replace(log, log.with_name(f"{log.name}.old"))
     return [output / name for name in names]
 
 

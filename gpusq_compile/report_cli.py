@@ -79,7 +79,7 @@ def add_logs(report: dict[str, Any], folder: Path, given: tuple[Path, ...]) -> d
     except DAMAGE as error:
         raise damaged(folder, error) from None
     for fault in faults:
-        click.echo(f"warning: {fault}", err=True)
+        click.echo(f"warning[{fault.code}]: {fault.message}", err=True)
     return report
 
 

@@ -43,7 +43,7 @@ from gpusq_compile.language.matching import Candidate, Decision, decide
 from gpusq_compile.language.schema import BLOCK_SIZES, Distill, Quantize, Sparsity
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.plan import TAP_PLAN, LayerPlan, TapPlan, Treatment, planned, update_plan
-from gpusq_compile.remarks import Remark, analysis, missed, passed
+from gpusq_compile.remarks import Kind, Remark, analysis, missed, passed
 from gpusq_compile.second_moments import looks_at_inputs
 from gpusq_compile.sparsity import PATTERNS, REDUCTION_AXIS
 
@@ -85,7 +85,10 @@ def run(compilation: Compilation) -> PassResult:
         for reason in plan.reasons:
             result.remarks.append(missed("refused", reason, plan.name))
     mark_attentions(offers, decisions.decisions, result)
-    result.remarks += weightless(offers, decisions.decisions)
+    for remark in (unweighted := weightless(offers, decisions.decisions)):
+        if remark.kind is Kind.MISSED:
+            compilation.console.warn(remark.reason)
+    result.remarks += unweighted
     if not result.changed:
         text = "the rules change no layer of this model"
         compilation.console.warn(text)
@@ -142,9 +145,9 @@ def weightless(offers: Sequence[Offer], decisions: Sequence[Decision]) -> list[R
     for (rule, action, op), found in sorted(names.items()):
         factors = op == "attention" and action == "quantize"
         text = (
-            f"rule '{rule}' asks for {action} on {len(found)} operators of kind {op}, which have "
-            "no weight"
-            + (": only their activations can be" if factors else " and stay as they are")
+            f"rule '{rule}' asks for {action} on {len(found)} {op} operator"
+            f"{'s, which have' if len(found) > 1 else ', which has'} no weight"
+            + (": only activations are quantized there" if factors else ": nothing is done there")
         )
         kind = analysis if reached[rule] & WEIGHTED_OPS else missed
         remarks.append(kind("no-weight", text, found[0] if len(found) == 1 else None))

@@ -437,7 +437,7 @@ def test_strict_names_what_was_not_done(tapless: Compilation) -> None:
     ("options", "code", "hint"),
     [
         ({"engine": "tensorflow"}, "unknown-engine", "did you mean 'tensorrt'?"),
-        ({"targets": ["sm98"]}, "unknown-target", "did you mean 'sm90'?"),
+        ({"targets": ["sm98"]}, "unknown-target", "valid: portable, sm100, sm120, sm80"),
         ({"steps": 0}, "steps", ""),
         ({"epochs": 0.0}, "epochs", "--no-finetune"),
         ({"epochs": float("nan")}, "epochs", "--no-finetune"),

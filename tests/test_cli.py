@@ -65,7 +65,7 @@ class TestRealRun:
         said = re.compile(
             r"the model file prints this|compiling |top-1|passes|layers|fine-tune |"
             r"ONNX Runtime against|sparse kernels|stored layers: |compute: |"
-            r"equivalent FLOPs: |size: |packed: |wrote |[┏┃┡│├└]"
+            r"equivalent FLOPs: |size: |packed: |runs as: |wrote |[┏┃┡│├└]"
         )
         assert [line for line in run.err.splitlines() if not said.match(line)] == []
 

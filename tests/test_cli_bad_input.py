@@ -579,7 +579,7 @@ OPTIONS: dict[str, tuple[list[object], list[str]]] = {
     "two models": (["other.py"], ["error[usage]", "other.py"]),
     "unknown target": (
         ["--target", "sm99"],
-        ["error[unknown-target]: no target 'sm99'", "did you mean 'sm90'?"],
+        ["error[unknown-target]: no target 'sm99'", "valid: portable, sm100, sm120, sm80"],
     ),
     "target no engine is for": (
         ["--target", "sm90"],

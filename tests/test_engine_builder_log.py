@@ -163,7 +163,7 @@ def test_no_sparsity_lines_leave_both_answers_unknown() -> None:
 def test_a_gemm_that_no_layer_lists_is_missed_by_name() -> None:
     found = find("rtx_fp16.log", MarkedGemm("blocks.7.mlp.fc1", "fp16"))["blocks.7.mlp.fc1"]
     assert (found.status, found.actual, found.layer) == ("missed", "unknown", None)
-    assert found.reason == "the ONNX file has no node named 'blocks.7.mlp.fc1'"
+    assert found.reason == "the builder read no ONNX node named 'blocks.7.mlp.fc1'"
 
 
 def test_a_gemm_that_the_builder_removed_is_missed_by_name() -> None:

@@ -21,7 +21,7 @@ from gpusq_compile.engine.trtexec_log import ElsewhereBuild, read_build
 from gpusq_compile.errors import InputError
 from gpusq_compile.report.attention import attention_lines
 from gpusq_compile.report.engine_logs import read_logs, with_logs
-from gpusq_compile.report.log_view import log_lines
+from gpusq_compile.report.log_view import log_lines, planned_type
 from gpusq_compile.report.sparse_view import sparse_lines, sparse_table
 from tests.engine_logs import DATA, FC1, FC2, PROJ, QKV, SHAPES, make_layer, make_report
 
@@ -393,3 +393,18 @@ def test_attentions_are_answered_from_a_log_from_elsewhere(
     assert (found["name"], found["expected"]) == ("blocks.0.attn", "int8")
     assert attention_lines(read) == ["attention: 1 of 2 in INT8", *shown]
     assert read["engine_logs"][0]["planned_type"] == 4
+
+
+@pytest.mark.parametrize(
+    ("right", "unknown", "said"),
+    [
+        (4, 0, "4 of 4 GEMMs in the planned type"),
+        (1, 2, "1 of 2 GEMMs in the planned type, 2 not told"),
+        (0, 4, "no GEMM's type is told"),
+    ],
+)
+def test_types_that_a_log_does_not_tell_are_not_counted_as_wrong(
+    right: int, unknown: int, said: str
+) -> None:
+    entry = {"gemms": 4, "planned_type": right, "unknown_type": unknown}
+    assert planned_type(entry) == said

@@ -192,3 +192,16 @@ def test_a_digest_is_the_sha256_of_the_content(tmp_path: Path) -> None:
     file = tmp_path / "a"
     file.write_bytes(b"abc")
     assert digest(file) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_logs_of_the_engines_of_an_earlier_run_are_set_aside(tmp_path: Path) -> None:
+    run(tmp_path, FILES)
+    for name in ("model.trt.log", "model.trt.layers.json", "model.trt.plan"):
+        (tmp_path / "engine" / name).write_text("built from the first model")
+    run(tmp_path, FILES)
+    assert sorted(path.name for path in (tmp_path / "engine").iterdir()) == [
+        "model.trt.layers.json.old",
+        "model.trt.log.old",
+        "model.trt.plan",
+        "sm89.plan",
+    ]

@@ -30,7 +30,7 @@ from gpusq_compile.output import digest
 from gpusq_compile.packed_file import write_packed
 from gpusq_compile.packed_graph import GRAPH, WEIGHTS, row_ranges
 from gpusq_compile.plan import planned
-from gpusq_compile.report.terminal import packed_lines
+from gpusq_compile.report.terminal import against_fp32, packed_lines
 from gpusq_compile.sparsity import PATTERNS, magnitude_mask
 from tests.compilations import make_rules
 from tests.models import Shape, TinyViT, images, labelled, seeded
@@ -339,3 +339,10 @@ def test_the_terminal_shows_the_ratios_beside_the_papers(cases: Callable[[str], 
     assert line.endswith("x with their scales")
     assert packed_lines({"packed_bytes": None}) == []
     assert packed_lines({}) == []  # A report of an earlier version.
+
+
+@pytest.mark.parametrize(
+    ("ratio", "said"), [(6.4, "6.40x smaller than FP32"), (0.5, "2.00x larger than FP32")]
+)
+def test_what_grew_is_called_larger(ratio: float, said: str) -> None:
+    assert against_fp32(ratio) == said

@@ -166,10 +166,10 @@ def test_a_weight_asked_of_an_attention_is_told_to_be_none() -> None:
     compilation = compiled(mixing(fused()), "mark", rule)
     notes = [r.reason for r in remarks_of(compilation, "mark") if r.code == "no-weight"]
     assert notes == [
-        "rule 'everything' asks for quantize on 1 operators of kind attention, which have no "
-        "weight: only their activations can be",
-        "rule 'everything' asks for sparsity on 1 operators of kind attention, which have no "
-        "weight and stay as they are",
+        "rule 'everything' asks for quantize on 1 attention operator, which has no weight: only "
+        "activations are quantized there",
+        "rule 'everything' asks for sparsity on 1 attention operator, which has no weight: nothing "
+        "is done there",
     ]
     assert plan_of(compilation).quantize is not None
 

@@ -413,8 +413,8 @@ def test_compression_asked_of_an_operator_without_a_weight_is_remarked(
     assert remark.kind is kind
     count = 5 if match == {"op": "layer_norm"} else 4
     assert remark.reason == (
-        f"rule 'broad' asks for quantize on {count} operators of kind layer_norm, which have no "
-        "weight and stay as they are"
+        f"rule 'broad' asks for quantize on {count} layer_norm operators, which have no weight: "
+        "nothing is done there"
     )
 
 

@@ -141,8 +141,8 @@ def test_a_log_that_says_nothing_is_a_warning_if_found_and_an_error_if_given(
     (folder / "engine" / "x.layers.json").write_text("{")
     run = shown(folder)
     assert run.code == 0
-    assert "warning: error[engine-log-cut]" in run.err
-    assert "warning: error[layer-info-damaged]" in run.err
+    assert "warning[engine-log-cut]: " in run.err
+    assert "warning[layer-info-damaged]: " in run.err
     assert "engine/model.trt.log" in run.out
     given = shown(folder, "--log", folder / "engine" / "cut.log")
     assert (given.code, given.out) == (2, "")

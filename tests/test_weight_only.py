@@ -130,6 +130,11 @@ def test_blocks_beside_integer_activations_are_a_contradiction(quantize: dict[st
         begin(seeded(Perceptron), noise(2, 32), make_rules(rule))
     assert caught.value.code == "contradiction"
     assert "block divides the scales of INT4 weights" in caught.value.message
+    weight, activation = quantize["weight"], quantize["activation"]
+    found = (
+        f"weight is {weight}, activation {activation} and output {quantize.get('output', 'none')}"
+    )
+    assert found in caught.value.message
 
 
 # --- the graph -----------------------------------------------------------------------------------

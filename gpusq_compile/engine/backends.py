@@ -7,9 +7,10 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from gpusq_compile.errors import InputError, did_you_mean
+from gpusq_compile.language.schema import Compute
 
 BACKENDS = ("auto", "none", "tensorrt", "tensorrt-rtx")
 PORTABLE = "portable"
@@ -144,8 +145,8 @@ def _check_targets(backend: Backend, targets: Sequence[str]) -> None:
             raise InputError(
                 "unsupported-target",
                 f"{backend.name} {backend.version} cannot build an engine for '{target}'",
-                hint=f"{did_you_mean(target, backend.targets)}; or --engine none, and run "
-                "build_engine.sh on a machine with that GPU",
+                hint=f"it can for {', '.join(sorted({*backend.targets} & {*get_args(Compute)}))}; "
+                "or --engine none, and run build_engine.sh on a machine with that GPU",
             )
 
 

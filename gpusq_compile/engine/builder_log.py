@@ -420,7 +420,7 @@ def _not_found(log: BuilderLog, name: str) -> tuple[Status, str]:
             f"only engine layers that are not known to be GEMMs list it: {', '.join(listing)}"
         )
     if log.onnx_ops and name not in log.onnx_ops:
-        return "missed", f"the ONNX file has no node named '{name}'"
+        return "missed", f"the builder read no ONNX node named '{name}'"
     return "missed", "no engine layer lists it: the builder removed or folded it"
 
 

@@ -149,8 +149,13 @@ class Quantize(Block):
         ):
             raise PydanticCustomError(
                 "contradiction",
-                "block divides the scales of INT4 weights under float activations",
-                {"at": "block", "hint": "remove it, or write {weight: int4, activation: none}"},
+                "block divides the scales of INT4 weights in a GEMM that is float otherwise; here "
+                "weight is {weight}, activation {activation} and output {output}",
+                {
+                    "at": "block",
+                    "hint": "remove it, or write {weight: int4, activation: none, output: none}",
+                    **{key: getattr(self, key) for key in ("weight", "activation", "output")},
+                },
             )
         if self.smooth is not None and self.activation == "none":
             raise PydanticCustomError(

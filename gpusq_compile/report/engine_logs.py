@@ -81,6 +81,7 @@ def _entry(report: dict[str, Any], build: ElsewhereBuild) -> dict[str, Any]:
         "median_ms": build.median_ms,
         "gemms": len(gemms),
         "planned_type": sum(gemm.status == "passed" for gemm in gemms),
+        "unknown_type": sum(gemm.status == "unknown" for gemm in gemms),
         "missed": [
             {"layer": gemm.name, "type": gemm.actual, "reason": gemm.reason}
             for gemm in gemms

@@ -24,11 +24,20 @@ def log_lines(report: dict[str, Any]) -> list[str]:
     return lines
 
 
+def planned_type(entry: dict[str, Any]) -> str:
+    """How many GEMMs have the type they should, of those whose type the log tells."""
+    unknown, gemms = entry["unknown_type"], entry["gemms"]
+    if unknown == gemms:
+        return "no GEMM's type is told"
+    text = f"{entry['planned_type']} of {gemms - unknown} GEMMs in the planned type"
+    return f"{text}, {unknown} not told" if unknown else text
+
+
 def _entry_lines(entry: dict[str, Any]) -> list[str]:
     version = f"TensorRT {entry['version']}" if entry["version"] else "TensorRT"
     facts = [
         f"{version} for {entry['target']}" if entry["target"] else version,
-        f"{entry['planned_type']} of {entry['gemms']} GEMMs in the planned type",
+        planned_type(entry),
     ]
     if entry["sparse"] is False:
         facts.append("sparse kernels off")

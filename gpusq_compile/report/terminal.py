@@ -271,10 +271,15 @@ def size_lines(report: dict[str, Any]) -> list[str]:
         return []
     line = f"size: model.onnx {in_bytes(storage['model_bytes'])}"
     if storage["model_ratio"]:
-        line += f", {storage['model_ratio']:.2f}x smaller than FP32"
+        line += f", {against_fp32(storage['model_ratio'])}"
     if storage["gemm_ratio"]:
         line += f"; compressed GEMMs {storage['gemm_ratio']:.2f}x"
     return [line, *packed_lines(storage)]
+
+
+def against_fp32(ratio: float) -> str:
+    """FP32 bytes by own bytes, in words."""
+    return f"{ratio:.2f}x smaller than FP32" if ratio >= 1 else f"{1 / ratio:.2f}x larger than FP32"
 
 
 def packed_lines(storage: dict[str, Any]) -> list[str]:
@@ -283,7 +288,7 @@ def packed_lines(storage: dict[str, Any]) -> list[str]:
         return []
     line = (
         f"packed: weights.safetensors {in_bytes(storage['packed_bytes'])}, "
-        f"{storage['packed_model_ratio']:.2f}x smaller than FP32"
+        f"{against_fp32(storage['packed_model_ratio'])}"
     )
     if storage["packed_gemm_ratio"]:
         line += (
