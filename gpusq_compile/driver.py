@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+import onnx
 import torch
 from torch.utils._pytree import tree_leaves
 
@@ -12,6 +13,8 @@ from gpusq_compile.accuracy import measure
 from gpusq_compile.compilation import Compilation, PassRecord
 from gpusq_compile.errors import InternalError
 from gpusq_compile.graph.text import graph_text
+from gpusq_compile.lowering.runtime import open_session, run_session
+from gpusq_compile.lowering.text import onnx_text
 from gpusq_compile.numerics import largest_difference
 from gpusq_compile.pass_base import Pass
 from gpusq_compile.randomness import derived_seed, seed_everything
@@ -71,6 +74,8 @@ def run_pass(compilation: Compilation, step: Pass) -> None:
                 f"pass '{step.name}' changed the outputs by {change:.3g} standard deviations, "
                 f"its limit is {step.preserves:g}",
             )
+    if step.rewrites_onnx and result.changed:
+        change = onnx_change(compilation, step)
     record = PassRecord(
         step.name, result.matched, result.changed, result.skipped, seconds, change, result.remarks
     )
@@ -101,11 +106,42 @@ def numerical_change(compilation: Compilation) -> float:
     return max(changes)
 
 
+def onnx_change(compilation: Compilation, step: Pass) -> float:
+    """Like `numerical_change`, of a pass that rewrote the ONNX model, in ONNX Runtime.
+
+    Raises:
+        InternalError: the model that the pass left is not valid.
+    """
+    model = compilation.onnx_model
+    assert model is not None
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise InternalError("onnx-invalid", f"pass '{step.name}' left: {error}") from error
+    session = open_session(model.SerializeToString())
+    inputs = [leaf for leaf in tree_leaves(compilation.probe) if isinstance(leaf, torch.Tensor)]
+    after = run_session(session, inputs)
+    changes = [0.0]
+    for old, new in zip(compilation.reference, after, strict=True):
+        if old.is_floating_point():
+            changes.append(largest_difference(new, old.cpu()))
+    compilation.reference = after
+    return max(changes)
+
+
+def ir_text(compilation: Compilation) -> str:
+    """The text of what the next pass works on: the graph, and once it is exported the model."""
+    if compilation.onnx_model is not None:
+        return onnx_text(compilation.onnx_model)
+    assert compilation.graph is not None
+    return graph_text(compilation.graph)
+
+
 def text_before(compilation: Compilation, step: Pass) -> str | None:
     wanted = compilation.options.dump_after
     if "changed" not in wanted or compilation.graph is None:
         return None
-    return graph_text(compilation.graph)
+    return ir_text(compilation)
 
 
 def dump(compilation: Compilation, step: Pass, before: str | None) -> None:
@@ -113,7 +149,7 @@ def dump(compilation: Compilation, step: Pass, before: str | None) -> None:
     wanted = compilation.options.dump_after
     if compilation.graph is None or not wanted:
         return
-    text = graph_text(compilation.graph)
+    text = ir_text(compilation)
     if step.name in wanted or "all" in wanted or ("changed" in wanted and text != before):
         folder = compilation.workdir / "dumps"
         folder.mkdir(exist_ok=True)

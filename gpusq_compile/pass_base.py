@@ -35,6 +35,7 @@ class Pass:
     the graph's outputs that a pass which claims to keep the function may cause; None for a pass
     that changes the function on purpose (its change is measured and reported). `removes` names
     facts that no longer hold afterwards. `forbids` maps facts that must not hold yet to the reason.
+    `rewrites_onnx` says that it works on the ONNX model, which is checked and compared after it.
     """
 
     name: str
@@ -45,3 +46,4 @@ class Pass:
     removes: tuple[str, ...] = ()
     forbids: Mapping[str, str] = field(default_factory=dict)
     preserves: float | None = None
+    rewrites_onnx: bool = False

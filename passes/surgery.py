@@ -3,14 +3,11 @@
 Needs `onnx`. For each planned layer: stores the weight as [K, N] in place of a Transpose at run
 time, its scales turned with it, and names the GEMM and its Q/DQ nodes after the layer, so that an
 engine's layer list speaks the user's names; likewise the two products of each quantized attention.
-Then converts what is not quantized to the target's precision, inputs and outputs staying float32,
-and stores weights with block scales as INT4.
-Guarantees `onnx_final`: the model passes `onnx.checker` in full.
+Guarantees `onnx_wired`.
 """
 
 from __future__ import annotations
 
-import onnx
 import onnx_graphsurgeon as gs
 
 from gpusq_compile.attention_plan import planned_attentions
@@ -18,8 +15,6 @@ from gpusq_compile.compilation import Compilation
 from gpusq_compile.errors import InternalError
 from gpusq_compile.graph.edit import NAMESPACE
 from gpusq_compile.lowering.attention_wiring import name_attention, softmax_scale
-from gpusq_compile.lowering.int4 import store_as_int4
-from gpusq_compile.lowering.precision import to_half
 from gpusq_compile.lowering.wiring import (
     GEMM_OPS,
     consumers,
@@ -61,28 +56,15 @@ def run(compilation: Compilation) -> PassResult:
     if compilation.source.dynamic_shapes is None:
         name_batch(graph)
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
-    model = gs.export_onnx(graph, do_type_check=False)
-    if compilation.rules.target.precision == "fp16":
-        model = to_half(model)
-        result.remarks.append(passed("fp16", "float tensors are FP16, inputs and outputs FP32"))
-    four_bits = [
-        plan.weight
-        for _, plan in planned(compilation.ir.graph)
-        if plan.applied.weight is not None and plan.quantize and plan.quantize.block
-    ]
-    if four_bits:
-        store_as_int4(model, four_bits)
-        result.remarks.append(passed("int4", f"{len(four_bits)} weights are stored in 4 bits"))
-    model.producer_name = "gpusq-compile"
-    onnx.checker.check_model(model, full_check=True)
-    compilation.onnx_model = model
+    compilation.onnx_model = gs.export_onnx(graph, do_type_check=False)
     return result
 
 
 PASS = Pass(
     name="surgery",
-    summary="place Q/DQ and int8 weights as TensorRT wants them, name GEMMs, set precision",
+    summary="place Q/DQ and int8 weights as TensorRT wants them, and name GEMMs",
     run=run,
     requires=("onnx",),
-    ensures=("onnx_final",),
+    ensures=("onnx_wired",),
+    rewrites_onnx=True,
 )

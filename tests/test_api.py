@@ -150,7 +150,8 @@ def test_the_report_covers_the_whole_run(result: CompileResult) -> None:
         "trace", "canonicalize", "mark", "split_attention",
         "permute", "tap", "sparsify", "finetune_sparse",
         "smooth", "quantize", "reconstruct", "finetune_quantized",
-        "fold", "split_outputs", "export_onnx", "surgery", "verify_onnx", "pack", "build_engine",
+        "fold", "split_outputs", "export_onnx", "surgery", "set_precision",
+            "store_int4", "verify_onnx", "pack", "build_engine",
     ]  # fmt: skip
     for phase in ("sparse", "quantize"):
         assert report["finetune"][phase]["stopped_by"] == "budget"

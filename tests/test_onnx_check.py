@@ -342,7 +342,7 @@ INT4 = {
 @pytest.fixture(scope="module")
 def compiled4() -> Compilation:
     model = seeded(TinyViT, Shape(depth=1))
-    return run_until(begin(model, images(4), INT4, data=labelled(2)), "surgery")
+    return run_until(begin(model, images(4), INT4, data=labelled(2)), "store_int4")
 
 
 @pytest.fixture

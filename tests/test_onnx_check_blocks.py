@@ -25,7 +25,7 @@ BLOCKS = {"weight": "int4", "activation": "none", "block": 64}
 def small() -> Compilation:
     rule = {"id": "w", "match": {"op": "linear"}, "quantize": BLOCKS, "sparsity": SPARSE}
     model = seeded(TinyViT, Shape(depth=1, dim=64))
-    return run_until(begin(model, images(4), make_rules(rule, precision="fp16")), "surgery")
+    return run_until(begin(model, images(4), make_rules(rule, precision="fp16")), "store_int4")
 
 
 WEIGHT = f"{LAYER}.weight"

@@ -35,7 +35,7 @@ def operated(request: pytest.FixtureRequest, exported: Compilation) -> Compilati
         target = compilation.rules.target.model_copy(update={"precision": "fp32"})
         file = compilation.rules.file.model_copy(update={"target": target})
         compilation.rules = type(compilation.rules)(file, compilation.rules.rules, ())
-    return run_until(compilation, "surgery")
+    return run_until(compilation, "store_int4")
 
 
 def model_of(compilation: Compilation) -> onnx.ModelProto:

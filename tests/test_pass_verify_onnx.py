@@ -26,7 +26,7 @@ from tests.models import Shape, TinyViT, images, labelled, noise, seeded
 def operated() -> Compilation:
     model = seeded(TinyViT, Shape(depth=1))
     compilation = begin(model, images(4), "int8", data=labelled(2), eval_data=labelled(3, seed=2))
-    return run_until(compilation, "surgery")
+    return run_until(compilation, "store_int4")
 
 
 @pytest.fixture

@@ -88,8 +88,8 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-def open_session(path: Path) -> onnxruntime.InferenceSession:
-    """A CPU session that computes Q/DQ as ONNX defines them.
+def open_session(model: Path | bytes) -> onnxruntime.InferenceSession:
+    """A CPU session, of a file or a serialized model, that computes Q/DQ as ONNX defines them.
 
     Fusing them into integer kernels would saturate on processors without VNNI and measure the
     processor, not the file.
@@ -102,7 +102,9 @@ def open_session(path: Path) -> onnxruntime.InferenceSession:
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(
-        str(path), sess_options=options, providers=["CPUExecutionProvider"]
+        model if isinstance(model, bytes) else str(model),
+        sess_options=options,
+        providers=["CPUExecutionProvider"],
     )
 
 
