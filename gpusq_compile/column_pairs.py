@@ -108,12 +108,26 @@ def pair_anew(
         values = energy[columns.T.to(energy.device)]
         others = energy[order[beside].permute(1, 2, 0).to(energy.device)]
         scores = arrangement_energy(values, others[:, ::2] + others[:, 1::2], pattern.keep)
-        best, way = scores.max(dim=0)
-        better = best > scores[0] * (1 + 1e-6)
-        way = torch.where(better, way, 0).cpu()
-        order[part] = columns.gather(1, ways[way])
-        gain += float((best - scores[0])[better].sum())
+        gain += take_best(order, part, ways, scores)
     return gain
+
+
+def take_best(
+    order: torch.Tensor, places: torch.Tensor, ways: torch.Tensor, scores: torch.Tensor
+) -> float:
+    """Reorder columns in the best way of each row of places, in place; the energy gained.
+
+    Args:
+        order: int64 [in], the old channel at each position.
+        places: int64 [pairs, columns], disjoint positions.
+        ways: int64 [ways, columns], orders of these; the first leaves all as it is.
+        scores: [ways, pairs], the energy kept in each way.
+    """
+    best, way = scores.max(dim=0)
+    better = best > scores[0] * (1 + 1e-6)
+    way = torch.where(better, way, 0).cpu()
+    order[places] = order[places].gather(1, ways[way])
+    return float((best - scores[0])[better].sum())
 
 
 def arrangement_energy(values: torch.Tensor, others: torch.Tensor, keep: int) -> torch.Tensor:

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 
 import onnx
 import torch
-from torch.utils._pytree import tree_leaves
 
 from gpusq_compile.accuracy import measure
 from gpusq_compile.compilation import Compilation, PassRecord
 from gpusq_compile.errors import InternalError
 from gpusq_compile.graph.text import graph_text
-from gpusq_compile.lowering.runtime import open_session, run_session
+from gpusq_compile.lowering.runtime import open_session, run_session, tensor_leaves
 from gpusq_compile.lowering.text import onnx_text
 from gpusq_compile.numerics import largest_difference
 from gpusq_compile.pass_base import Pass
@@ -97,12 +96,16 @@ def numerical_change(compilation: Compilation) -> float:
     args, kwargs = compilation.probe
     with torch.no_grad():
         outputs = compilation.ir(*args, **kwargs)
-    after = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+    return change_to(compilation, tensor_leaves(outputs))
+
+
+def change_to(compilation: Compilation, outputs: list[torch.Tensor]) -> float:
+    """The largest difference of the outputs to the reference, which they become."""
     changes = [0.0]
-    for old, new in zip(compilation.reference, after, strict=True):
+    for old, new in zip(compilation.reference, outputs, strict=True):
         if old.is_floating_point():
-            changes.append(largest_difference(new, old))
-    compilation.reference = after
+            changes.append(largest_difference(new, old.to(new.device)))
+    compilation.reference = outputs
     return max(changes)
 
 
@@ -119,14 +122,7 @@ def onnx_change(compilation: Compilation, step: Pass) -> float:
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise InternalError("onnx-invalid", f"pass '{step.name}' left: {error}") from error
     session = open_session(model.SerializeToString())
-    inputs = [leaf for leaf in tree_leaves(compilation.probe) if isinstance(leaf, torch.Tensor)]
-    after = run_session(session, inputs)
-    changes = [0.0]
-    for old, new in zip(compilation.reference, after, strict=True):
-        if old.is_floating_point():
-            changes.append(largest_difference(new, old.cpu()))
-    compilation.reference = after
-    return max(changes)
+    return change_to(compilation, run_session(session, tensor_leaves(compilation.probe)))
 
 
 def ir_text(compilation: Compilation) -> str:

@@ -16,7 +16,7 @@ from itertools import combinations
 
 import torch
 
-from gpusq_compile.column_pairs import CHUNK_BYTES, pair_anew, pair_by_covariance
+from gpusq_compile.column_pairs import CHUNK_BYTES, pair_anew, pair_by_covariance, take_best
 from gpusq_compile.sparsity import Pattern
 
 WORK = 10**8
@@ -178,11 +178,7 @@ def regroup(
         columns = order[part]
         values = energy[columns.T.to(energy.device)]
         scores = split_scores(values, pattern)
-        best, way = scores.max(dim=0)
-        better = best > scores[0] * (1 + 1e-6)
-        way = torch.where(better, way, 0).cpu()
-        order[part] = columns.gather(1, ways[way])
-        gain += float((best - scores[0])[better].sum())
+        gain += take_best(order, part, ways, scores)
     return gain
 
 

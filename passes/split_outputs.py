@@ -98,7 +98,7 @@ def output_quantizer(node: torch.fx.Node) -> list[torch.fx.Node]:
 
 def stored_inputs(node: torch.fx.Node) -> set[str]:
     """The paths of weight, scales and bias that a linear reads."""
-    sources = [source for source in node.all_input_nodes[1:]]
+    sources = list(node.all_input_nodes[1:])
     sources += [inner for source in sources for inner in source.all_input_nodes]
     return {str(source.target) for source in sources if source.op == "get_attr"}
 

@@ -9,7 +9,7 @@ import torch
 import torch.fx
 
 from gpusq_compile.errors import InternalError
-from gpusq_compile.lowering.wiring import GEMM_OPS
+from gpusq_compile.lowering.wiring import GEMM_OPS, producer
 from gpusq_compile.quantization.operators import DEQUANTIZE
 
 MOVES = frozenset(
@@ -75,10 +75,10 @@ def name_attention(scale: gs.Tensor | None, name: str, own: str) -> None:
 
 
 def _name_quantizer(factor: gs.Tensor, name: str, own: str) -> None:
-    dequantize = _producer(factor)
+    dequantize = producer(factor)
     if dequantize is None or dequantize.op != "DequantizeLinear":
         return
-    quantize = _producer(dequantize.inputs[0])
+    quantize = producer(dequantize.inputs[0])
     if quantize is not None and dequantize.inputs[1].name.startswith(own):
         dequantize.name, quantize.name = f"{name}_dq", f"{name}_q"
 
@@ -93,10 +93,10 @@ def _first_upstream(start: gs.Node, found: Callable[[gs.Node], bool]) -> gs.Node
             return node
         if node.op in GEMM_OPS:
             continue
-        for producer in filter(None, map(_producer, node.inputs)):
-            if id(producer) not in seen:
-                seen.add(id(producer))
-                queue.append(producer)
+        for source in filter(None, map(producer, node.inputs)):
+            if id(source) not in seen:
+                seen.add(id(source))
+                queue.append(source)
     return None
 
 
@@ -106,13 +106,9 @@ def _multiplies_activations(node: gs.Node) -> bool:
 
 
 def _quantized(tensor: gs.Tensor) -> bool:
-    node = _producer(tensor)
+    node = producer(tensor)
     while node is not None and node.op in MOVES:
-        node = _producer(node.inputs[0])
+        node = producer(node.inputs[0])
     if node is None or node.op != "DequantizeLinear":
         return False
-    return _producer(node.inputs[0]) is not None
-
-
-def _producer(tensor: gs.Tensor) -> gs.Node | None:
-    return tensor.inputs[0] if tensor.inputs else None
+    return producer(node.inputs[0]) is not None

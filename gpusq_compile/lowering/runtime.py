@@ -81,10 +81,11 @@ def record(
     """Run the graph on one batch and keep what the final file must reproduce."""
     with torch.no_grad():
         outputs = graph_module(*args, **kwargs)
-    return Expected(_tensors((args, kwargs)), [leaf.cpu() for leaf in _tensors(outputs)])
+    return Expected(tensor_leaves((args, kwargs)), [leaf.cpu() for leaf in tensor_leaves(outputs)])
 
 
-def _tensors(tree: Any) -> list[torch.Tensor]:
+def tensor_leaves(tree: Any) -> list[torch.Tensor]:
+    """The tensors of nested arguments or outputs, in order."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
@@ -164,7 +165,7 @@ class SessionModule(nn.Module):
         self.device = device
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        results = run_session(self.session, _tensors((args, kwargs)))
+        results = run_session(self.session, tensor_leaves((args, kwargs)))
         return structured([result.to(self.device) for result in results], self.convention)
 
 

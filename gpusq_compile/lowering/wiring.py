@@ -63,14 +63,14 @@ def name_quantizers(gemm: gs.Node) -> None:
     """
     _name_output_quantizer(gemm)
     for position, side in ((0, "input"), (1, "weight")):
-        dequantize = _producer(gemm.inputs[position])
+        dequantize = producer(gemm.inputs[position])
         if dequantize is None or dequantize.op != "DequantizeLinear":
             continue
         dequantize.name = f"{gemm.name}/{side}_dq"
-        quantize = _producer(dequantize.inputs[0])
+        quantize = producer(dequantize.inputs[0])
         if quantize is not None and quantize.op == "QuantizeLinear":
             quantize.name = f"{gemm.name}/{side}_q"
-            clip = _producer(quantize.inputs[0])
+            clip = producer(quantize.inputs[0])
             if clip is not None and clip.op == "Clip":
                 clip.name = f"{gemm.name}/{side}_clip"
 
@@ -104,5 +104,6 @@ def name_batch(graph: gs.Graph, name: str = "batch") -> None:
             ]
 
 
-def _producer(tensor: gs.Tensor) -> gs.Node | None:
+def producer(tensor: gs.Tensor) -> gs.Node | None:
+    """The node that computes a tensor, None of an input or a constant."""
     return tensor.inputs[0] if tensor.inputs else None

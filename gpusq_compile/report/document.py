@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gpusq_compile import __version__
 from gpusq_compile.attention_plan import AttentionPlan, planned_attentions
 from gpusq_compile.compilation import Compilation, PassRecord
 from gpusq_compile.compute import compute_figures
-from gpusq_compile.engine import GemmInEngine
+from gpusq_compile.engine import AttentionInEngine, BuiltEngine, GemmInEngine
 from gpusq_compile.errors import GpusqError
 from gpusq_compile.execution import execution, intended
 from gpusq_compile.plan import LayerPlan, Treatment, planned
 from gpusq_compile.report.packed import packed_storage
 from gpusq_compile.report.sparse_chain import sparse_chain
+
+InEngine = TypeVar("InEngine", GemmInEngine, AttentionInEngine)
 
 SCHEMA_VERSION = 1
 FP32_BYTES = 4
@@ -125,13 +128,7 @@ def shortest_chain(compilation: Compilation, entry: dict[str, Any]) -> dict[str,
 
 def attention_entry(compilation: Compilation, plan: AttentionPlan) -> dict[str, Any]:
     """What was asked of an attention and done to it; its type in each engine by target."""
-    targets = compilation.engine.targets if compilation.engine else {}
-    found = {
-        target: attention
-        for target, engine in targets.items()
-        for attention in engine.attentions
-        if attention.name == plan.name
-    }
+    found = by_target(compilation, plan.name, lambda engine: engine.attentions)
     first = next(iter(found.values()), None)
     return {
         "name": plan.name,
@@ -163,14 +160,21 @@ def compute_entry(compilation: Compilation) -> dict[str, Any] | None:
     return compute_figures(compilation.graph, compilation.rules.target.precision).as_dict()
 
 
-def gemm_by_target(compilation: Compilation, layer: str) -> dict[str, GemmInEngine]:
+def by_target(
+    compilation: Compilation, name: str, listed: Callable[[BuiltEngine], Sequence[InEngine]]
+) -> dict[str, InEngine]:
+    """What each engine made of the layer or attention of this name, by target."""
     targets = compilation.engine.targets if compilation.engine else {}
     return {
-        target: gemm
+        target: item
         for target, engine in targets.items()
-        for gemm in engine.gemms
-        if gemm.name == layer
+        for item in listed(engine)
+        if item.name == name
     }
+
+
+def gemm_by_target(compilation: Compilation, layer: str) -> dict[str, GemmInEngine]:
+    return by_target(compilation, layer, lambda engine: engine.gemms)
 
 
 def engine_entry(compilation: Compilation, layer: str) -> dict[str, Any]:

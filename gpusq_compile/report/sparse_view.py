@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-UNKNOWN = "-"
-MOST_REASONS = 8
+from gpusq_compile.report.reasons import UNKNOWN, reason_lines
+
 STEPS = ("mask_ok", "eligible", "picked")
 
 
@@ -62,9 +62,4 @@ def sparse_lines(report: dict[str, Any]) -> list[str]:
     reasons = Counter(
         chain["reason"] for chain in chains if chain["reason"] and "refused" not in chain["causes"]
     )
-    lines = [
-        f"no sparse kernel for {count} {'layer' if count == 1 else 'layers'}: {reason}"
-        for reason, count in reasons.most_common()
-    ]
-    more = len(lines) - MOST_REASONS
-    return lines[:MOST_REASONS] + ([f"... and {more} more reasons"] if more > 0 else [])
+    return reason_lines("no sparse kernel for", reasons)

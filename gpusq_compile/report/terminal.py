@@ -19,10 +19,8 @@ from gpusq_compile.report.attention import attention_lines
 from gpusq_compile.report.compute_view import compute_lines
 from gpusq_compile.report.execution_view import execution_lines
 from gpusq_compile.report.log_view import log_lines
+from gpusq_compile.report.reasons import MOST_REASONS, UNKNOWN, reason_lines
 from gpusq_compile.report.sparse_view import sparse_lines, sparse_table
-
-MOST_REASONS = 8
-UNKNOWN = "-"
 
 
 def show_report(report: dict[str, Any], console: Console, files: Iterable[str] = ()) -> None:
@@ -175,12 +173,7 @@ def tap_lines(report: dict[str, Any]) -> list[str]:
 def refusals(report: dict[str, Any]) -> list[str]:
     """Why requested treatment was not applied: each reason once, with how many layers it hit."""
     counts = Counter(reason for layer in report["layers"] for reason in layer["reasons"])
-    lines = [
-        f"refused on {count} {'layer' if count == 1 else 'layers'}: {reason}"
-        for reason, count in counts.most_common()
-    ]
-    more = len(lines) - MOST_REASONS
-    return lines[:MOST_REASONS] + ([f"... and {more} more reasons"] if more > 0 else [])
+    return reason_lines("refused on", counts)
 
 
 def finetune_lines(report: dict[str, Any]) -> list[str]:
