@@ -136,13 +136,12 @@ class AViT(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         x = self.patch_embed(images).flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
         # All [B, tokens], and all in float but `runs`.
-        alive = torch.ones_like(x[..., 0])
-        total = torch.zeros_like(alive)
-        ponder = torch.zeros_like(alive)
-        answer = torch.zeros_like(x[:, 0])
-        scores = []
+        alive = images.new_ones(x.shape[:2])
+        total = images.new_zeros(x.shape[:2])
+        ponder, answer = 0.0, 0.0
+        scores: list[Tensor] = []
         for index, block in enumerate(self.blocks):
             x = block(x, alive)
             score = alive * torch.sigmoid(self.halting.gamma * x[..., 0] + self.halting.beta)
@@ -153,7 +152,7 @@ class AViT(nn.Module):
                 runs = total + score < 1.0 - self.halting.epsilon
                 stays = alive * runs.to(alive.dtype)
             else:
-                stays = torch.zeros_like(alive)
+                stays = images.new_zeros(x.shape[:2])
             stops = alive - stays
             share = stays * score + stops * remainder
             # The answer is the class token's state, weighted by where it halts (equation 7).

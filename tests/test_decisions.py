@@ -103,7 +103,7 @@ def test_a_comparison_behind_a_layer_is_a_decision_and_an_activation_is_none(
 
 def test_topk_behind_a_layer_is_a_decision_and_a_mask_of_the_input_is_none() -> None:
     program = torch.export.export(seeded(Routed), (torch.randn(2, 8),))
-    found = find_decisions(program.module().graph)  # type: ignore[arg-type]
+    found = find_decisions(program.module().graph)
     assert len(found) == 1
     assert found[0][1].meta["val"].dtype == torch.int64
 
