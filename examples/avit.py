@@ -114,9 +114,14 @@ class Block(nn.Module):
 class AViT(nn.Module):
     """Images [B, 3, H, W] to logits [B, classes] and what the losses of adaptivity need.
 
-    The outputs are `logits`; `ponder` [B], the mean over the tokens of the layers that each ran
-    through plus its remainder (equation 8); and `halting` [B, depth], the mean halting score of
-    the running tokens at each layer (equation 10).
+    The outputs are `logits` and `halting` [B, depth]: how the tokens' halting probabilities are
+    spread over the layers, as a mean over the tokens. A probability is the score at the layers that
+    a token passes, what is missing to 1 at the one it halts at, and 0 behind it.
+
+    The paper's losses also know the number of that layer. It jumps where a score comes to lie on
+    the other side of the threshold, and no gradient goes through it; the probabilities change by
+    `epsilon` there at most. So the expected layer stands for it here, and the outputs of a
+    compiled file can be held against the graph's.
     """
 
     def __init__(self, size: Size, halting: Halting | None = None) -> None:
@@ -140,12 +145,11 @@ class AViT(nn.Module):
         # All [B, tokens], and all in float but `runs`.
         alive = images.new_ones(x.shape[:2])
         total = images.new_zeros(x.shape[:2])
-        ponder, answer = 0.0, 0.0
-        scores: list[Tensor] = []
+        answer: float | Tensor = 0.0
+        halting: list[Tensor] = []
         for index, block in enumerate(self.blocks):
             x = block(x, alive)
             score = alive * torch.sigmoid(self.halting.gamma * x[..., 0] + self.halting.beta)
-            scores.append(score.mean(dim=1))
             remainder = (1.0 - total).clamp(min=0.0)
             if index + 1 < len(self.blocks):
                 # The token mask: False from the layer on at which a token halts.
@@ -154,16 +158,15 @@ class AViT(nn.Module):
             else:
                 stays = images.new_zeros(x.shape[:2])
             stops = alive - stays
-            share = stays * score + stops * remainder
+            probability = stays * score + stops * remainder
+            halting.append(probability.mean(dim=1))
             # The answer is the class token's state, weighted by where it halts (equation 7).
-            answer = answer + share[:, :1] * x[:, 0]
-            ponder = ponder + alive + stops * remainder
+            answer = answer + probability[:, :1] * x[:, 0]
             total = total + score
             alive = stays
         return {
             "logits": self.head(self.norm(answer)),
-            "ponder": ponder.mean(dim=1),
-            "halting": torch.stack(scores, dim=1),
+            "halting": torch.stack(halting, dim=1),
         }
 
 
@@ -174,13 +177,21 @@ def target_distribution(depth: int, center: int) -> Tensor:
     return density / density.sum()
 
 
+def expected_depth(halting: Tensor) -> Tensor:
+    """The layer [B] that a token halts at, from 1, as a mean over the tokens."""
+    layers = torch.arange(1, halting.shape[1] + 1, device=halting.device, dtype=halting.dtype)
+    return (halting * layers).sum(dim=1)
+
+
 def adaptive_loss(outputs: dict[str, Tensor], labels: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy + 0.1 * distributional prior (equation 11) + 0.0005 * ponder (equation 9)."""
+    """Cross-entropy + 0.1 * distributional prior (equation 11) + 0.0005 * ponder (equation 9).
+
+    The prior is the KL divergence of where the tokens halt from where they are expected to.
+    """
     task = F.cross_entropy(outputs["logits"], labels)
     halting = outputs["halting"].mean(dim=0).clamp(min=1e-8)
-    halting = halting / halting.sum()
     prior = (halting * (halting / target.to(halting)).log()).sum()
-    return task + 0.1 * prior + 5e-4 * outputs["ponder"].mean()
+    return task + 0.1 * prior + 5e-4 * expected_depth(outputs["halting"]).mean()
 
 
 def chosen_size() -> Size:
@@ -261,8 +272,7 @@ def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def metrics(outputs: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> dict[str, float]:
-    """Top-1, and how many layers a token is spared of on the mean; higher is better."""
+    """Top-1, and the layers that a token is spared on the mean; higher is better."""
     right = outputs["logits"].argmax(dim=1) == batch[1]
-    # `ponder` is the layers that a token ran through, plus a remainder of 1 at most.
-    spared = chosen_size().depth - outputs["ponder"].mean()
+    spared = chosen_size().depth - expected_depth(outputs["halting"]).mean()
     return {"accuracy": right.float().mean().item(), "layers_spared": spared.item()}
