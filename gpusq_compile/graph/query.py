@@ -29,6 +29,44 @@ def is_weighted(node: torch.fx.Node) -> bool:
     return op_of(node) in WEIGHTED_OPS
 
 
+def kernel_size(node: torch.fx.Node) -> tuple[int, ...]:
+    """The kernel of a convolution; () of a linear."""
+    weight = node.args[1]
+    assert isinstance(weight, torch.fx.Node)
+    return tuple(int(size) for size in (shape_of(weight) or ())[2:])
+
+
+def groups_of(node: torch.fx.Node) -> int:
+    """The groups of a convolution; 1 of a linear."""
+    groups = node.args[6] if op_of(node) == "conv2d" and len(node.args) > 6 else 1
+    assert isinstance(groups, int)
+    return groups
+
+
+def is_gemm(node: torch.fx.Node) -> bool:
+    """Whether each output position is a matrix times one input position: a linear, or a
+    convolution of one pixel."""
+    return is_weighted(node) and groups_of(node) == 1 and set(kernel_size(node)) <= {1}
+
+
+def mixes_channels(node: torch.fx.Node) -> bool:
+    """A weighted operator that makes new channels: any but a grouped convolution, which keeps
+    channels (or groups of them) to themselves."""
+    return is_weighted(node) and groups_of(node) == 1
+
+
+def elements_of(node: torch.fx.Node) -> object:
+    """How many elements a tensor has, comparable between nodes; None of what is no tensor.
+
+    A number, or with a dynamic batch its expression.
+    """
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return None
+    count = value.numel()
+    return count if isinstance(count, int) else count.node.expr
+
+
 def tensor_attribute(graph_module: torch.fx.GraphModule, path: str) -> torch.Tensor:
     """The parameter, buffer or constant that a `get_attr` node of this `path` reads."""
     value = attrgetter(path)(graph_module)
@@ -116,6 +154,24 @@ def input_dependent(graph: torch.fx.Graph) -> set[torch.fx.Node]:
         if node.op == "placeholder" or any(arg in dependent for arg in node.all_input_nodes):
             dependent.add(node)
     return dependent
+
+
+def value_dependent(graph: torch.fx.Graph) -> set[torch.fx.Node]:
+    """The nodes whose value depends on the values of the graph's inputs.
+
+    What depends on parameters, and beside them on sizes such as the batch's, does not.
+    """
+    dependent: set[torch.fx.Node] = set()
+    for node in graph.nodes:
+        reads = any(source in dependent for source in node.all_input_nodes)
+        if (node.op == "placeholder" or reads) and not is_size(node):
+            dependent.add(node)
+    return dependent
+
+
+def is_size(node: torch.fx.Node) -> bool:
+    """Whether a node's value is a number rather than a tensor, as a size is."""
+    return isinstance(node.meta.get("val"), (int, torch.SymInt))
 
 
 def walk_users(
