@@ -3,6 +3,9 @@
 Needs `graph`. Rewrites, each exact:
 - `dropout` in eval mode, `alias`, `detach`, `contiguous`, a cast to the same type -> nothing;
 - `view` -> `reshape`, which is legal for every stride that later rewrites may leave behind;
+- products in other words (`baddbmm`, an `einsum` of two factors) -> `matmul`, and products with a
+  stored weight (`x @ w.T`, `addmm`) -> `linear`, so that attention and GEMMs have one form;
+- fused attention on other than four axes -> on four, all that an engine knows;
 - a non-overlapping convolution (kernel = stride, no padding) -> patches @ linear, so that a patch
   embedding is a GEMM with reduction size C * P * P.
 Guarantees `canonical`.
@@ -17,6 +20,12 @@ import torch.fx
 
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.graph.edit import bypass, finish, insert_call, insert_get_attr, set_tensor
+from gpusq_compile.graph.one_form import (
+    attention_to_four_axes,
+    baddbmm_to_matmul,
+    einsum_to_matmul,
+    product_to_linear,
+)
 from gpusq_compile.graph.query import shape_of, tensor_attribute
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.remarks import analysis, passed
@@ -36,13 +45,17 @@ VIEWS = {aten.view.default, aten._unsafe_view.default}
 def run(compilation: Compilation) -> PassResult:
     graph_module = compilation.ir
     result = PassResult()
-    rewrites: tuple[Callable[[torch.fx.GraphModule, torch.fx.Node], str | None], ...] = (
+    rewrites: tuple[Callable[[torch.fx.GraphModule, torch.fx.Node], bool], ...] = (
         remove_identity,
         view_to_reshape,
+        baddbmm_to_matmul,
+        einsum_to_matmul,
+        product_to_linear,
+        attention_to_four_axes,
     )
     for node in list(graph_module.graph.nodes):
         for rewrite in rewrites:
-            if rewrite(graph_module, node) is not None:
+            if rewrite(graph_module, node):
                 result.matched += 1
                 result.changed += 1
                 break
@@ -66,13 +79,13 @@ def run(compilation: Compilation) -> PassResult:
     return result
 
 
-def remove_identity(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> str | None:
+def remove_identity(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
     if node.target not in IDENTITIES and not casts_to_own_type(node):
-        return None
+        return False
     if node.target is aten.dropout.default and len(node.args) > 2 and node.args[2]:
-        return None
+        return False
     bypass(node)
-    return "identity"
+    return True
 
 
 def casts_to_own_type(node: torch.fx.Node) -> bool:
@@ -84,11 +97,11 @@ def casts_to_own_type(node: torch.fx.Node) -> bool:
     )
 
 
-def view_to_reshape(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> str | None:
+def view_to_reshape(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
     if node.target not in VIEWS:
-        return None
+        return False
     node.target = aten.reshape.default
-    return "reshape"
+    return True
 
 
 def patchify(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> str | None:

@@ -32,6 +32,18 @@ from gpusq_compile.user_code import user_error
 MIN_BATCH = 2
 """`torch.export` specializes batch sizes 0 and 1, so the trace needs two or more."""
 
+ASSERTIONS: frozenset[object] = frozenset(
+    {
+        torch.ops.aten._assert_async.default,
+        torch.ops.aten._assert_async.msg,
+        torch.ops.aten._assert_scalar.default,
+        torch.ops.aten._assert_tensor_metadata.default,
+        torch.ops.aten.sym_constrain_range.default,
+        torch.ops.aten.sym_constrain_range_for_size.default,
+    }
+)
+"""What `torch.export` adds to check at run time: it computes nothing, and held for the example."""
+
 
 def run(compilation: Compilation) -> PassResult:
     source, network = compilation.source, compilation.network
@@ -247,6 +259,9 @@ def unlift(program: torch.export.ExportedProgram) -> torch.fx.GraphModule:
         line = source_line(node)
         if line:
             node.meta["source_line"] = line
+    for node in reversed(list(graph_module.graph.nodes)):
+        if node.target in ASSERTIONS and not node.users:
+            graph_module.graph.erase_node(node)
     return graph_module
 
 

@@ -25,6 +25,12 @@ def op_of(node: torch.fx.Node) -> str | None:
     return OPS.get(node.target) if node.op == "call_function" else None
 
 
+def operator_name(node: torch.fx.Node) -> str:
+    """An operator's own name, for one that the rules language has no word for: `batch_norm`."""
+    packet = getattr(node.target, "overloadpacket", None)
+    return str(getattr(packet, "__name__", None) or getattr(node.target, "__name__", node.target))
+
+
 def is_weighted(node: torch.fx.Node) -> bool:
     return op_of(node) in WEIGHTED_OPS
 
