@@ -88,7 +88,7 @@ def mixes_heads(node: torch.fx.Node, scores: torch.fx.Node) -> bool:
     weight = node.args[1]
     assert isinstance(weight, torch.fx.Node)
     rows, columns = (shape_of(weight) or (0, 1))[:2]
-    return rows == columns and elements_of(node) == elements_of(scores)
+    return bool(rows == columns) and elements_of(node) == elements_of(scores)
 
 
 def carries_values(node: torch.fx.Node) -> bool:

@@ -73,6 +73,16 @@ def elements_of(node: torch.fx.Node) -> object:
     return count if isinstance(count, int) else count.node.expr
 
 
+def traced_elements(node: torch.fx.Node) -> int:
+    """How many elements a tensor has with the batch that it was traced on; 0 of what is none, and
+    where it depends on values."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return 0
+    count = value.numel()
+    return int(count if isinstance(count, int) else count.node.hint or 0)
+
+
 def tensor_attribute(graph_module: torch.fx.GraphModule, path: str) -> torch.Tensor:
     """The parameter, buffer or constant that a `get_attr` node of this `path` reads."""
     value = attrgetter(path)(graph_module)

@@ -28,13 +28,13 @@ from gpusq_compile.graph.products import (
     carries_values,
 )
 from gpusq_compile.graph.query import (
-    elements_of,
     input_dependent,
     is_gemm,
     is_weighted,
     mixes_channels,
     output_nodes,
     static_shape,
+    traced_elements,
     value_dependent,
     walk_inputs,
     walk_users,
@@ -78,6 +78,8 @@ NORMALIZATIONS = {
     aten.rms_norm.default,
 }
 
+SCALINGS = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.reshape.default}
+
 Roles = dict[torch.fx.Node, tuple[str, ...]]
 
 
@@ -88,7 +90,35 @@ def find_roles(graph: torch.fx.Graph) -> Roles:
 
 def residual_adds(graph: torch.fx.Graph, dependent: set[torch.fx.Node]) -> list[torch.fx.Node]:
     """Adds of a feature map and something computed from that feature map, in one shape."""
-    return [node for node in _adds_of_maps(graph, dependent) if _is_skip(*node.all_input_nodes)]
+    return [node for node in _adds_of_maps(graph, dependent) if skipped(node) is not None]
+
+
+def skipped(add: torch.fx.Node) -> torch.fx.Node | None:
+    """The operand of a residual add that skips the branch; None where the add is no such one.
+
+    It is what the branch was computed from, or that after it was scaled: then there are weights in
+    the branch, which the two halves of a rotary embedding do not have.
+    """
+    earlier, later = sorted(add.all_input_nodes)
+    if earlier in branch_from(earlier, later):
+        return earlier
+    for operand, other in ((earlier, later), (later, earlier)):
+        base = operand
+        while base.target in SCALINGS and isinstance(base.args[0], torch.fx.Node):
+            base = base.args[0]
+        branch = branch_from(base, other) if base is not operand else set()
+        if base in branch and any(
+            is_weighted(node) and base in branch_from(base, node) for node in branch - {base}
+        ):
+            return operand
+    return None
+
+
+def branch_from(start: torch.fx.Node, end: torch.fx.Node) -> set[torch.fx.Node]:
+    """`end` and what it is computed from, not further back than to `start`."""
+    if end <= start:
+        return {end}
+    return {end, *walk_inputs(end, lambda node: node > start)}
 
 
 class _Search:
@@ -100,9 +130,11 @@ class _Search:
         self.by_value = value_dependent(graph)
         parts = attention_parts(graph, self.dependent)
         self.attentions, self.head_mixers = parts.products, parts.head_mixers
-        self.residual_order = residual_adds(graph, self.dependent)
-        self.residuals = set(self.residual_order)
-        self.joins = set(_branch_joins(graph, self.dependent))
+        residuals = residual_adds(graph, self.dependent)
+        nested = _nested(residuals)
+        self.trunk = [node for node in residuals if node not in nested]
+        self.in_trunk = set(self.trunk)
+        self.joins = {*nested, *_branch_joins(graph, self.dependent)}
 
     def run(self) -> Roles:
         found: dict[torch.fx.Node, list[str]] = {}
@@ -128,7 +160,7 @@ class _Search:
         for node in gemms:
             if node not in found and node not in classifiers and self.feeds_mlp(node, found):
                 add("mlp", [node])
-        add("stage_end", self.stage_ends(embeds))
+        add("stage_end", self.stage_ends(embeds, queries))
         add("final_projection", self.final_projections(classifiers))
         add("classifier", classifiers)
         return {node: tuple(roles) for node, roles in found.items()}
@@ -139,7 +171,7 @@ class _Search:
             carries_values(node)
             and not mixes_channels(node)
             and node not in self.attentions
-            and node not in self.residuals
+            and node not in self.in_trunk
         )
 
     def within_branch(self, node: torch.fx.Node) -> bool:
@@ -189,7 +221,7 @@ class _Search:
         for node in self.graph.nodes:
             if node in self.attentions or not behind.isdisjoint(node.all_input_nodes):
                 behind.add(node)
-        starts = [n for n in self.graph.nodes if n in self.attentions] or self.residual_order[:1]
+        starts = [n for n in self.graph.nodes if n in self.attentions] or self.trunk[:1]
         found: list[torch.fx.Node] = []
         for start in starts:
             above = (n for n in dominators.of(start) if mixes_channels(n) and n not in queries)
@@ -226,26 +258,39 @@ class _Search:
                     found.append(node)
         return found
 
-    def stage_ends(self, embeds: list[torch.fx.Node]) -> list[torch.fx.Node]:
+    def stage_ends(
+        self, embeds: list[torch.fx.Node], queries: set[torch.fx.Node]
+    ) -> list[torch.fx.Node]:
         """The residual adds behind the patch embedding that no other one continues.
 
         One continues another if it adds to that one's result, moved or normalized at most, and has
-        as many elements.
+        about as many elements: a class token makes no stage, and another resolution does.
         """
-        adds = [node for node in self.residual_order if not embeds or node > embeds[0]]
+        adds = [
+            node
+            for node in self.trunk
+            if (not embeds or node > embeds[0]) and not self.adds_queries(node, queries)
+        ]
         continued: set[torch.fx.Node] = set()
         for node in adds:
-            skip = min(node.all_input_nodes)
-            for source in [
-                skip,
-                *(walk_inputs(skip, self.hands_on) if self.hands_on(skip) else ()),
-            ]:
-                if elements_of(source) == elements_of(node):
+            skip = skipped(node)
+            assert skip is not None
+            size = traced_elements(node)
+            above = walk_inputs(skip, self.hands_on) if self.hands_on(skip) else ()
+            for source in (skip, *above):
+                if size / 2 < traced_elements(source) < size * 2:
                     continued.add(source)
         return [node for node in adds if node not in continued]
 
+    def adds_queries(self, add: torch.fx.Node, queries: set[torch.fx.Node]) -> bool:
+        """Whether what skips the branch are queries: an attention that adds them to its result."""
+        skip = skipped(add)
+        assert skip is not None
+        above = walk_inputs(skip, self.hands_on) if self.hands_on(skip) else ()
+        return not queries.isdisjoint((skip, *above))
+
     def hands_on(self, node: torch.fx.Node) -> bool:
-        return carries_values(node) and not mixes_channels(node) and node not in self.residuals
+        return carries_values(node) and not mixes_channels(node) and node not in self.in_trunk
 
     def final_projections(self, classifiers: list[torch.fx.Node]) -> list[torch.fx.Node]:
         """The normalization that feeds each classifier; without one, what feeds it."""
@@ -274,10 +319,17 @@ def _adds_of_maps(graph: torch.fx.Graph, dependent: set[torch.fx.Node]) -> list[
     ]
 
 
-def _is_skip(first: torch.fx.Node, second: torch.fx.Node) -> bool:
-    """Whether one is computed from the other (a rotary embedding's two halves are not)."""
-    earlier, later = sorted((first, second))
-    return earlier in set(walk_inputs(later, lambda node: node > earlier))
+def _nested(residuals: list[torch.fx.Node]) -> set[torch.fx.Node]:
+    """The residual adds within the branch of another one (of an attention that adds its queries,
+    of what computes queries from the map)."""
+    found: set[torch.fx.Node] = set()
+    for node in residuals:
+        skip = skipped(node)
+        assert skip is not None
+        for operand in node.all_input_nodes:
+            inner = branch_from(skip, operand).intersection(residuals) if operand > skip else set()
+            found |= {add for add in inner if add > skip and skip in branch_from(skip, add)}
+    return found
 
 
 def _branch_joins(graph: torch.fx.Graph, dependent: set[torch.fx.Node]) -> list[torch.fx.Node]:
