@@ -36,6 +36,7 @@ from gpusq_compile.graph.query import (
     module_path,
     op_of,
     tensor_attribute,
+    value_dependent,
     weight_source,
 )
 from gpusq_compile.graph.roles import find_roles, residual_adds
@@ -194,7 +195,7 @@ def collect(graph_module: torch.fx.GraphModule) -> list[Offer]:
     graph = graph_module.graph
     roles = find_roles(graph)
     dependent = input_dependent(graph)
-    residuals = set(residual_adds(graph, dependent))
+    residuals = set(residual_adds(graph, value_dependent(graph)))
     offers: list[Offer] = []
     taken: dict[str, int] = {}
     readers: dict[str, int] = {}

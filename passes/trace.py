@@ -242,12 +242,26 @@ def unlift(program: torch.export.ExportedProgram) -> torch.fx.GraphModule:
     """
     unlifted = program.module(check_guards=False)
     graph_module = torch.fx.GraphModule(unlifted, unlifted.graph)
+    drop_checks(graph_module)
     for node in graph_module.graph.nodes:
         node.meta.pop("from_node", None)
         line = source_line(node)
         if line:
             node.meta["source_line"] = line
     return graph_module
+
+
+def drop_checks(graph_module: torch.fx.GraphModule) -> None:
+    """Erase operators that return nothing (`_assert_tensor_metadata` of a cast, ...).
+
+    In a graph where no operator writes to its input they check what tracing has settled.
+    """
+    for node in reversed(list(graph_module.graph.nodes)):
+        returns = getattr(getattr(node.target, "_schema", None), "returns", None)
+        if node.op == "call_function" and returns is not None and not len(returns):
+            graph_module.graph.erase_node(node)
+    graph_module.graph.eliminate_dead_code()
+    graph_module.recompile()
 
 
 PASS = Pass(

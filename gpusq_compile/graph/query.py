@@ -118,6 +118,20 @@ def input_dependent(graph: torch.fx.Graph) -> set[torch.fx.Node]:
     return dependent
 
 
+def value_dependent(graph: torch.fx.Graph) -> set[torch.fx.Node]:
+    """The nodes whose value depends on the values of the inputs, and not on their sizes alone.
+
+    A position embedding that is made for the size of a feature map is not among them.
+    """
+    dependent: set[torch.fx.Node] = set()
+    for node in graph.nodes:
+        size = isinstance(node.meta.get("val"), (int, torch.SymInt))
+        if node.op == "placeholder" or any(arg in dependent for arg in node.all_input_nodes):
+            if not size:
+                dependent.add(node)
+    return dependent
+
+
 def walk_users(
     start: torch.fx.Node, through: Callable[[torch.fx.Node], bool]
 ) -> Iterator[torch.fx.Node]:

@@ -16,6 +16,7 @@ A stage is a run of blocks whose feature map has one shape; an isotropic model h
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 
 import torch
 import torch.fx
@@ -26,6 +27,7 @@ from gpusq_compile.graph.query import (
     op_of,
     output_nodes,
     static_shape,
+    value_dependent,
     walk_inputs,
     walk_users,
 )
@@ -75,9 +77,10 @@ def find_roles(graph: torch.fx.Graph) -> Roles:
             found.setdefault(node, []).append(role)
 
     attentions = attention_products(graph)
-    residuals = residual_adds(graph, dependent)
+    valued = value_dependent(graph)
+    residuals = residual_adds(graph, valued)
     classifiers = _classifiers(graph, dependent, set(residuals))
-    first = _patch_embeddings(graph, dependent)
+    first = _patch_embeddings(graph, valued)
     # Without a patch embedding (a bare encoder, a scope of one block) a QKV layer comes first.
     embeds = [n for n in first if _linear_role(n, attentions, residuals) != "attention_qkv"]
     add("patch_embed", [n for n in embeds if n not in classifiers])
@@ -113,23 +116,30 @@ def attention_products(graph: torch.fx.Graph) -> set[torch.fx.Node]:
 
 
 def residual_adds(graph: torch.fx.Graph, dependent: set[torch.fx.Node]) -> list[torch.fx.Node]:
-    """Adds of a feature map and something computed from that feature map, in one shape."""
-    return [
-        node
+    """Adds of a feature map and something computed from that feature map, in one shape.
+
+    Args:
+        dependent: the nodes that depend on the inputs' values.
+    """
+    skips = {
+        node: min(node.all_input_nodes)
         for node in graph.nodes
         if node.target is aten.add.Tensor
         and len(node.all_input_nodes) == 2
         and all(operand in dependent for operand in node.all_input_nodes)
         and static_shape(node.all_input_nodes[0]) == static_shape(node.all_input_nodes[1])
         and len(static_shape(node) or ()) >= 3
-        and _is_skip(*node.all_input_nodes)
-    ]
+        and _is_skip(*node.all_input_nodes, dependent)
+    }
+    # What is added again in block after block is a position embedding, not the feature map.
+    added = Counter(skips.values())
+    return [node for node, earlier in skips.items() if added[earlier] == 1]
 
 
-def _is_skip(first: torch.fx.Node, second: torch.fx.Node) -> bool:
+def _is_skip(first: torch.fx.Node, second: torch.fx.Node, dependent: set[torch.fx.Node]) -> bool:
     """Whether one is computed from the other (a rotary embedding's two halves are not)."""
     earlier, later = sorted((first, second))
-    return earlier in set(walk_inputs(later, lambda node: node > earlier))
+    return earlier in set(walk_inputs(later, lambda node: node > earlier and node in dependent))
 
 
 def _moves_data(node: torch.fx.Node) -> bool:
