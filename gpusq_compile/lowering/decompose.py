@@ -17,6 +17,7 @@ import torch.fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 from torch.onnx._internal.exporter import _decomp, _registration
+from torch.utils._pytree import tree_map_only
 
 from gpusq_compile.graph.edit import copy_provenance, fake_mode_of
 
@@ -64,14 +65,20 @@ def decomposition(node: torch.fx.Node) -> torch.fx.Graph | None:
 
     try:
         with fake_mode_of(node.graph):
+            # ONNX knows no strides, and those that decompositions keep would be operators of their own.
+            values = [tree_map_only(torch.Tensor, _contiguous, s.meta["val"]) for s in sources]
             traced = make_fx(
                 call, decomposition_table=_translations()[1], _allow_non_fake_inputs=True
-            )(*(source.meta["val"] for source in sources))
+            )(*values)
     except Exception:
         return None  # Whatever it is, the exporter meets it too, and says so with the node's name.
     graph: torch.fx.Graph = traced.graph
     graph.eliminate_dead_code()
     return None if any(part.op == "get_attr" for part in graph.nodes) else graph
+
+
+def _contiguous(value: torch.Tensor) -> torch.Tensor:
+    return value.contiguous()
 
 
 def decompose(graph: torch.fx.Graph) -> int:
