@@ -6,7 +6,8 @@ Detection", ICLR 2021).
 transformers builds it from its configuration, with random weights and without a download. To
 compile a trained one, replace the model in `Detector` by
 `DeformableDetrForObjectDetection.from_pretrained("SenseTime/deformable-detr")`, and the data by
-yours. `DEFORMABLE_DETR=tiny` is a small one for trying things out; `IMAGE_SIZE` sets the side of the images.
+yours. `DEFORMABLE_DETR=tiny` is a small one for trying things out; `IMAGE_SIZE` sets the side of the
+images.
 
 The transformer's linears are compressed, those that place the sampling points among them. The
 backbone's convolutions stay dense FP16 under the shipped rules, which compress linears alone.
@@ -18,11 +19,12 @@ import os
 from typing import Any
 
 import torch
-from photos import CLASSES, Target, best_overlap, normalized, relative_boxes, samples
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, ResNetConfig
 from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetectionLoss
+
+from photos import CLASSES, Target, best_overlap, normalized, relative_boxes, samples
 
 Batch = tuple[Tensor, list[Target]]
 

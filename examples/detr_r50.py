@@ -17,11 +17,12 @@ import os
 from typing import Any
 
 import torch
-from photos import CLASSES, Target, best_overlap, normalized, relative_boxes, samples
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
 from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss
+
+from photos import CLASSES, Target, best_overlap, normalized, relative_boxes, samples
 
 Batch = tuple[Tensor, list[Target]]
 

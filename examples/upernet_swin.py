@@ -3,10 +3,11 @@ Understanding", ECCV 2018; "Swin Transformer", ICCV 2021).
 
     UPERNET=tiny gpusq-compile examples/upernet_swin.py --rules int8 -o out/upernet
 
-`UPERNET` is `tiny`, `small` or `base`, or `mini` for a small one to try things out; `IMAGE_SIZE` sets
-the side of the images. transformers builds it from its configuration, with random weights and
+`UPERNET` is `tiny`, `small` or `base`, or `mini` for a small one to try things out; `IMAGE_SIZE`
+sets the side of the images. transformers builds it from its configuration, with random weights and
 without a download. To compile a trained one, replace the model in `Segmenter` by
-`UperNetForSemanticSegmentation.from_pretrained("openmmlab/upernet-swin-tiny")`, and the data by yours.
+`UperNetForSemanticSegmentation.from_pretrained("openmmlab/upernet-swin-tiny")`, and the data by
+yours.
 
 The Swin's linears are compressed. The head is convolutions, which stay dense FP16 under the shipped
 rules, and the auxiliary head of the training is left out, as in deployment.
@@ -18,10 +19,11 @@ import os
 from dataclasses import dataclass
 
 import torch
-from photos import CLASSES, classes_per_pixel, normalized, samples
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import SwinConfig, UperNetConfig, UperNetForSemanticSegmentation
+
+from photos import CLASSES, classes_per_pixel, normalized, samples
 
 Batch = tuple[Tensor, Tensor]
 
@@ -114,7 +116,11 @@ def metrics(outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
     """The share of pixels whose class is right, and the mean IoU of the classes that occur."""
     found, classes = outputs.argmax(dim=1), batch[1].to(outputs.device)
     overlaps = [
-        ((found == index) & (classes == index)).sum() / ((found == index) | (classes == index)).sum()
+        ((found == index) & (classes == index)).sum()
+        / ((found == index) | (classes == index)).sum()
         for index in classes.unique()
     ]
-    return {"miou": torch.stack(overlaps).mean(), "pixel_accuracy": (found == classes).float().mean()}
+    return {
+        "miou": torch.stack(overlaps).mean(),
+        "pixel_accuracy": (found == classes).float().mean(),
+    }
