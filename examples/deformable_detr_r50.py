@@ -6,8 +6,8 @@ Detection", ICLR 2021).
 transformers builds it from its configuration, with random weights and without a download. To
 compile a trained one, replace the model in `Detector` by
 `DeformableDetrForObjectDetection.from_pretrained("SenseTime/deformable-detr")`, and the data by
-yours. `DEFORMABLE_DETR=tiny` is a small one for trying things out; `IMAGE_SIZE` sets the side of the
-images.
+yours. `DEFORMABLE_DETR=tiny` is a small one for trying things out; `IMAGE_SIZE` sets the side of
+the images.
 
 The transformer's linears are compressed, those that place the sampling points among them. The
 backbone's convolutions stay dense FP16 under the shipped rules, which compress linears alone.

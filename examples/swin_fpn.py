@@ -1,8 +1,8 @@
 """The backbone of the two Mask R-CNN examples: a Swin transformer with a feature pyramid.
 
 `SWIN` is `tiny`, `small` or `base`, or `mini` for a small one to try things out; `IMAGE_SIZE` sets
-the side of the images. Widths and depths are those of "Swin Transformer" (ICCV 2021), as timm has them;
-as there, each stage's output is normalized before the pyramid reads it.
+the side of the images. Widths and depths are those of "Swin Transformer" (ICCV 2021), as timm has
+them; as there, each stage's output is normalized before the pyramid reads it.
 """
 
 from __future__ import annotations

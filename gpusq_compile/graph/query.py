@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from operator import attrgetter
 
@@ -109,6 +110,12 @@ def source_line(node: torch.fx.Node) -> str | None:
     return f"{parts[1]}:{line}"
 
 
+def source_frames(node: torch.fx.Node) -> list[tuple[str, int]]:
+    """(file, line) of the code that made this node, outermost first; empty when not kept."""
+    trace = str(node.meta.get("stack_trace") or "")
+    return [(file, int(line)) for file, line in re.findall(r'File "([^"]+)", line (\d+)', trace)]
+
+
 def input_dependent(graph: torch.fx.Graph) -> set[torch.fx.Node]:
     """The nodes whose value depends on the graph's inputs (not on parameters alone)."""
     dependent: set[torch.fx.Node] = set()
@@ -125,10 +132,10 @@ def value_dependent(graph: torch.fx.Graph) -> set[torch.fx.Node]:
     """
     dependent: set[torch.fx.Node] = set()
     for node in graph.nodes:
-        size = isinstance(node.meta.get("val"), (int, torch.SymInt))
+        if isinstance(node.meta.get("val"), (int, torch.SymInt)):
+            continue
         if node.op == "placeholder" or any(arg in dependent for arg in node.all_input_nodes):
-            if not size:
-                dependent.add(node)
+            dependent.add(node)
     return dependent
 
 

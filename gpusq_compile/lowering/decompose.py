@@ -20,6 +20,7 @@ from torch.onnx._internal.exporter import _decomp, _registration
 from torch.utils._pytree import tree_map_only
 
 from gpusq_compile.graph.edit import copy_provenance, fake_mode_of
+from gpusq_compile.quantization.operators import DEQUANTIZE, QUANTIZE
 
 OPSET = 21
 
@@ -33,8 +34,8 @@ def _translations() -> tuple[_registration.ONNXRegistry, dict[Any, Callable[...,
 
 
 def is_translated(target: object) -> bool:
-    """Whether the exporter translates an operator as it is; True for what is none of ATen's."""
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace not in ("aten", "prims"):
+    """Whether an operator is translated as it is: by the exporter, or by a translation of ours."""
+    if not isinstance(target, torch._ops.OpOverload) or target in (QUANTIZE, DEQUANTIZE):
         return True
     return _translations()[0].is_registered(target)
 
@@ -54,7 +55,7 @@ def untranslatable(graph: torch.fx.Graph) -> torch.fx.Node | None:
 
 
 def decomposition(node: torch.fx.Node) -> torch.fx.Graph | None:
-    """A node's decomposition as a graph of its `all_input_nodes`; None where it cannot be traced."""
+    """A node as a graph of its `all_input_nodes`; None where it cannot be traced."""
     sources = node.all_input_nodes
 
     def call(*values: Any) -> Any:
@@ -65,7 +66,7 @@ def decomposition(node: torch.fx.Node) -> torch.fx.Graph | None:
 
     try:
         with fake_mode_of(node.graph):
-            # ONNX knows no strides, and those that decompositions keep would be operators of their own.
+            # ONNX knows no strides: to keep them would take operators of their own.
             values = [tree_map_only(torch.Tensor, _contiguous, s.meta["val"]) for s in sources]
             traced = make_fx(
                 call, decomposition_table=_translations()[1], _allow_non_fake_inputs=True
