@@ -39,6 +39,7 @@ from gpusq_compile.graph.query import (
     op_of,
     operator_name,
     tensor_attribute,
+    value_dependent,
     weight_source,
 )
 from gpusq_compile.graph.roles import Roles, find_roles, residual_adds
@@ -222,7 +223,7 @@ def collect(graph_module: torch.fx.GraphModule, rules: Rules | None = None) -> l
     """
     graph = graph_module.graph
     dependent = input_dependent(graph)
-    residuals = set(residual_adds(graph, dependent))
+    residuals = set(residual_adds(graph, value_dependent(graph)))
     attentions = find_attentions(graph)
     roles = find_roles(graph)
     if rules is not None and (given := rules.file.roles.given()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from operator import attrgetter
 
@@ -161,6 +162,12 @@ def source_line(node: torch.fx.Node) -> str | None:
     parts = lines[-1].split('"')
     line = parts[2].split("line ")[1].split(",")[0].strip()
     return f"{parts[1]}:{line}"
+
+
+def source_frames(node: torch.fx.Node) -> list[tuple[str, int]]:
+    """(file, line) of the code that made this node, outermost first; empty when not kept."""
+    trace = str(node.meta.get("stack_trace") or "")
+    return [(file, int(line)) for file, line in re.findall(r'File "([^"]+)", line (\d+)', trace)]
 
 
 def input_dependent(graph: torch.fx.Graph) -> set[torch.fx.Node]:

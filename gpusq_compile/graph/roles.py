@@ -18,6 +18,8 @@ isotropic model has one stage.
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 import torch.fx
 
@@ -30,6 +32,7 @@ from gpusq_compile.graph.products import (
 from gpusq_compile.graph.query import (
     input_dependent,
     is_gemm,
+    is_size,
     is_weighted,
     mixes_channels,
     output_nodes,
@@ -89,8 +92,15 @@ def find_roles(graph: torch.fx.Graph) -> Roles:
 
 
 def residual_adds(graph: torch.fx.Graph, dependent: set[torch.fx.Node]) -> list[torch.fx.Node]:
-    """Adds of a feature map and something computed from that feature map, in one shape."""
-    return [node for node in _adds_of_maps(graph, dependent) if skipped(node) is not None]
+    """Adds of a feature map and something computed from that feature map, in one shape.
+
+    Args:
+        dependent: the nodes that depend on the inputs' values.
+    """
+    skips = [(node, skipped(node)) for node in _adds_of_maps(graph, dependent)]
+    # What is added again in block after block is a position embedding, not the feature map.
+    added = Counter(skip for _, skip in skips)
+    return [node for node, skip in skips if skip is not None and added[skip] == 1]
 
 
 def skipped(add: torch.fx.Node) -> torch.fx.Node | None:
@@ -118,7 +128,7 @@ def branch_from(start: torch.fx.Node, end: torch.fx.Node) -> set[torch.fx.Node]:
     """`end` and what it is computed from, not further back than to `start`."""
     if end <= start:
         return {end}
-    return {end, *walk_inputs(end, lambda node: node > start)}
+    return {end, *walk_inputs(end, lambda node: node > start and not is_size(node))}
 
 
 class _Search:
@@ -130,7 +140,7 @@ class _Search:
         self.by_value = value_dependent(graph)
         parts = attention_parts(graph, self.dependent)
         self.attentions, self.head_mixers = parts.products, parts.head_mixers
-        residuals = residual_adds(graph, self.dependent)
+        residuals = residual_adds(graph, self.by_value)
         nested = _nested(residuals)
         self.trunk = [node for node in residuals if node not in nested]
         self.in_trunk = set(self.trunk)
