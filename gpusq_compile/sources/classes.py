@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from gpusq_compile.errors import InputError, nearest
+from gpusq_compile.model_source import ModelSource
 from gpusq_compile.sources.model import Classes
 
-Mapped = tuple[dict[int, int], str, bool]
-"""The output of each class by its number in the data, how it was found, and whether that is
-certain."""
+Outputs = dict[int, int]
+"""The output of each class, by its number in the data."""
 
 
 def match_classes(
-    classes: Classes, found: Mapping[int, str], origin: str, what: str, *, numbered: bool
-) -> Mapped:
-    """The output that each class of the data stands for.
+    source: ModelSource,
+    classes: Classes,
+    found: Mapping[int, str],
+    what: str,
+    *,
+    numbered: bool,
+    quiet: bool = False,
+) -> Outputs:
+    """The output that each class of the data stands for, and a remark that says how it was found.
 
     The first of these that can be:
 
@@ -23,35 +29,49 @@ def match_classes(
     2. by number: folders called `0`, `1`, ..., or ids that the model has outputs for;
     3. in order.
 
+    Only the first is sure where the model knows names, so the others are warned of.
+
     Args:
+        source: gets the remark.
         found: the name of each class by its number in the data.
         what: what messages call the classes, e.g. `photos/train`.
         numbered: whether the numbers themselves may be the model's (the ids of COCO's
             categories), not only the order of the names.
+        quiet: give no remark.
 
     Raises:
         InputError: there are more classes than outputs, or most have names that the model knows
             and some do not.
     """
+    origin = source.origin
     room = classes.count - classes.first
     if len(found) > room:
         raise InputError(
             "too-many-classes",
-            f"{what} has {len(found)} classes, but {origin} has {room} outputs",
+            f"{what} has {len(found)} classes, but {origin} has {room}",
             hint="take classes out, or give a model with a head for as many classes",
         )
-    if (by_name := _by_name(classes, found, origin, what)) is not None:
-        return by_name, "by name", True
-    numbers = _numbers(found, numbered)
-    if numbers and all(classes.first <= n < classes.count for n in numbers.values()):
-        return numbers, "by number", True
-    order = {number: classes.first + index for index, number in enumerate(sorted(found))}
-    return order, "in order", len(found) == room
+    outputs, how = _by_name(classes, found, origin, what), "by name"
+    if outputs is None:
+        outputs, how = _by_number(classes, found, numbered), "by number"
+    if outputs is None:
+        outputs = {number: classes.first + i for i, number in enumerate(sorted(found))}
+        how = "in order"
+    if quiet:
+        return outputs
+    text = f"the {len(found)} classes of {what} are matched to {origin}'s {room} {how}"
+    if how != "by name" and classes.names:
+        text += "; by their names none is the model's"
+    elif how == "in order" and len(found) < room:
+        text += ", to the first of them"
+    else:
+        source.facts.append(("classes-matched", text))
+        return outputs
+    source.notes.append(("classes-not-matched", text))
+    return outputs
 
 
-def _by_name(
-    classes: Classes, found: Mapping[int, str], origin: str, what: str
-) -> dict[int, int] | None:
+def _by_name(classes: Classes, found: Mapping[int, str], origin: str, what: str) -> Outputs | None:
     known: dict[str, set[int]] = {}
     for index, names in classes.names.items():
         for name in names:
@@ -77,16 +97,9 @@ def _plain(name: str) -> str:
     return name.strip().lower().replace("_", " ")
 
 
-def _numbers(found: Mapping[int, str], numbered: bool) -> dict[int, int]:
-    if numbered:
-        return {number: number for number in found}
-    if not all(name.isdecimal() for name in found.values()):
-        return {}
-    numbers = {number: int(name) for number, name in found.items()}
-    return numbers if len(set(numbers.values())) == len(numbers) else {}
-
-
-def listed(names: Sequence[str], most: int = 4) -> str:
-    """The first few names, and how many more there are."""
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+def _by_number(classes: Classes, found: Mapping[int, str], numbered: bool) -> Outputs | None:
+    if not numbered and not all(name.isdecimal() for name in found.values()):
+        return None
+    numbers = {number: number if numbered else int(name) for number, name in found.items()}
+    inside = all(classes.first <= index < classes.count for index in numbers.values())
+    return numbers if inside and len(set(numbers.values())) == len(numbers) else None

@@ -68,7 +68,7 @@ def coco(source: ModelSource, model: LibraryModel, root: Path) -> None:
     if held_out is None:
         text = f"{relative_to_cwd(root)} has no instances_val*.json, so nothing is evaluated"
         source.notes.append(("no-evaluation-images", text))
-    elif model.metrics is not None:
+    else:
         other = first if train is None else _open(*held_out)
         # The same categories may have other ids there, so they are matched once more.
         again = Samples(other, model, _outputs(source, model, other, quiet=True))
@@ -121,9 +121,10 @@ def _open(annotations: Path, images: Path) -> Any:
         if not entries:
             raise _not_coco(shown, f"has no {what}")
     for annotation in api.anns.values():
-        if annotation.get("category_id") not in api.cats:
-            found = f"category_id {annotation.get('category_id')}"
-            raise _not_coco(shown, f"has an annotation of {found}, which is no category")
+        for key, entries in (("category_id", api.cats), ("image_id", api.imgs)):
+            if annotation.get(key) not in entries:
+                found = f"annotation {annotation.get('id')} of {key} {annotation.get(key)}"
+                raise _not_coco(shown, f"has {found}, which is not there")
         box = annotation.get("bbox")
         if not isinstance(box, list) or len(box) != 4:
             raise _not_coco(shown, f"has annotation {annotation.get('id')} without a bbox")
@@ -152,17 +153,7 @@ def _outputs(
         return {}
     names = {number: str(c.get("name", number)) for number, c in dataset.coco.cats.items()}
     what = relative_to_cwd(Path(dataset.root).parent)
-    mapped, how, certain = match_classes(model.classes, names, model.origin, what, numbered=True)
-    if not quiet:
-        text = (
-            f"the {len(names)} categories of {what} are matched to {model.origin}'s outputs {how}"
-        )
-        if certain:
-            source.facts.append(("classes-matched", text))
-        else:
-            text += f", to the first of {model.classes.count}: neither names nor ids are its own"
-            source.notes.append(("classes-in-order", text))
-    return mapped
+    return match_classes(source, model.classes, names, what, numbered=True, quiet=quiet)
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def image_folder(source: ModelSource, model: LibraryModel, root: Path) -> None:
     source.calibration_data = calibration
     if train is not None:
         source.train_data = partial(DataLoader, samples(train), batch_size=batch, shuffle=True)
-    if held_out is not None and model.task == "classification":
+    if held_out is not None:
         if unknown := sorted(set(held_out.names) - set(everything.names)):
             raise InputError(
                 "unknown-class",
@@ -94,13 +94,17 @@ def _splits(source: ModelSource, root: Path) -> tuple[Split | None, Split | None
     if held_out is None:
         text = f"{relative_to_cwd(root)} has no val/ folder, so accuracy is not measured"
         source.notes.append(("no-evaluation-images", text))
-    return train and _read(train), held_out and _read(held_out)
+    return (
+        None if train is None else _read(train),
+        None if held_out is None else _read(held_out),
+    )
 
 
 def _hold_out(source: ModelSource, whole: Split) -> tuple[Split, Split | None]:
     """A part of each class for the evaluation: images seen in training would flatter it."""
     seen: dict[str, int] = {}
-    train, held_out = [], []
+    train: list[tuple[Path, str]] = []
+    held_out: list[tuple[Path, str]] = []
     for path, name in whole.files:
         seen[name] = seen.get(name, 0) + 1
         (train if seen[name] % HELD_OUT else held_out).append((path, name))
@@ -163,13 +167,5 @@ def _outputs(
     if model.classes is None:
         return {}
     numbers = dict(enumerate(names))
-    mapped, how, certain = match_classes(
-        model.classes, numbers, model.origin, folder, numbered=False
-    )
-    text = f"the {len(names)} classes of {folder} are matched to {model.origin}'s outputs {how}"
-    if certain:
-        source.facts.append(("classes-matched", text))
-    else:
-        text += f", to the first of {model.classes.count}: none of their names is a class of it"
-        source.notes.append(("classes-in-order", text))
-    return {name: mapped[number] for number, name in numbers.items()}
+    outputs = match_classes(source, model.classes, numbers, folder, numbered=False)
+    return {name: outputs[number] for number, name in numbers.items()}

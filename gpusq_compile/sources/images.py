@@ -23,7 +23,8 @@ def open_image(path: Path, channels: int = 3) -> Any:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as file:
+            image: Image.Image = file
             if image.mode.startswith("I;16"):
                 # Converting would clip its 16 bits at 255.
                 image = image.point(lambda value: value / 256).convert("L")
@@ -41,13 +42,14 @@ def open_image(path: Path, channels: int = 3) -> Any:
 def whole_image(images: Images) -> Callable[[Any], Any]:
     """A PIL image -> the whole of it as float32 [channels, height, width] in the model's size."""
     transforms = require("torchvision.transforms")
-    return transforms.Compose(
+    composed: Callable[[Any], Any] = transforms.Compose(
         [
             transforms.Resize(images.size, _interpolation(images)),
             transforms.ToTensor(),
             transforms.Normalize(images.mean, images.std),
         ]
     )
+    return composed
 
 
 def classified_image(images: Images) -> Callable[[Any], Any]:
@@ -57,7 +59,7 @@ def classified_image(images: Images) -> Callable[[Any], Any]:
     if images.edge is None:
         return whole_image(images)
     transforms = require("torchvision.transforms")
-    return transforms.Compose(
+    composed: Callable[[Any], Any] = transforms.Compose(
         [
             transforms.Resize(images.edge, _interpolation(images)),
             transforms.CenterCrop(images.size),
@@ -65,6 +67,7 @@ def classified_image(images: Images) -> Callable[[Any], Any]:
             transforms.Normalize(images.mean, images.std),
         ]
     )
+    return composed
 
 
 def _interpolation(images: Images) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from gpusq_compile.sources.model import LibraryModel
 from gpusq_compile.sources.timm_models import timm_model
 from gpusq_compile.sources.torchvision_models import torchvision_model
 from gpusq_compile.sources.transformers_models import transformers_model
-from gpusq_compile.sources.weights import load_weights
 
 BUILDERS = {"timm": timm_model, "torchvision": torchvision_model, "hf": transformers_model}
 SYNTHETIC_BATCHES = 8
@@ -33,7 +31,7 @@ def load_library_model(
         InputError: the library is not installed, has no such model, cannot load the weights or
             has a model that compiles by its parts alone; or the data does not fit it.
     """
-    model = BUILDERS[library](name, weights == "pretrained")
+    model = BUILDERS[library](name, weights)
     if model.scopes and scope is None:
         raise InputError(
             "scope-needed",
@@ -42,9 +40,6 @@ def load_library_model(
             hint=f"--scope {' or --scope '.join(model.scopes)}; the model around it trains with "
             "its own losses",
         )
-    if weights is not None and weights != "pretrained":
-        load_weights(model.module, Path(weights))
-        model.random = False
     if model.random:
         ways = "a folder with model.safetensors" if library == "hf" else "--weights pretrained"
         text = (

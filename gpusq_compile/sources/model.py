@@ -14,6 +14,8 @@ from gpusq_compile.model_source import LossFunction, MetricsFunction
 Task = Literal["classification", "detection", "segmentation", "features"]
 """What a model's outputs are; `features` is everything that no known loss can be computed from."""
 
+PRETRAINED = "pretrained"
+"""The value of `--weights` that has the library load its own."""
 PIXELS = 224 * 224
 """Of the images that the batch sizes are meant for; larger images come in smaller batches."""
 

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from gpusq_compile.errors import InputError, nearest
-from gpusq_compile.sources.model import Classes, Images, LibraryModel
+from gpusq_compile.sources.model import PRETRAINED, Classes, Images, LibraryModel
 from gpusq_compile.sources.require import quiet_downloads, require
+from gpusq_compile.sources.weights import load_weights
 
 IMAGENET = {1000: "imagenet-1k", 21843: "imagenet-22k", 11821: "imagenet-12k"}
 """The class lists that timm ships, by their number of classes."""
 
 
-def timm_model(name: str, pretrained: bool) -> LibraryModel:
+def timm_model(name: str, weights: str | None) -> LibraryModel:
     """Build a timm model with the preprocessing of its own data configuration.
 
+    Args:
+        weights: `pretrained`, a safetensors file, or None for random ones.
+
     Raises:
-        InputError: timm is not installed, has no such model or cannot build it.
+        InputError: timm is not installed, has no such model or cannot build it, or the weights do
+            not fit.
     """
     timm = require("timm")
+    pretrained = weights == PRETRAINED
     if not timm.is_model(name.split(".")[0]):
         raise unknown_model("timm", name, timm.list_models())
     try:
@@ -29,7 +36,7 @@ def timm_model(name: str, pretrained: bool) -> LibraryModel:
     config = timm.data.resolve_model_data_config(module)
     channels, height, width = config["input_size"]
     outputs = getattr(module, "num_classes", 0)
-    return LibraryModel(
+    model = LibraryModel(
         f"timm:{name}",
         module,
         "classification" if outputs else "features",
@@ -42,8 +49,11 @@ def timm_model(name: str, pretrained: bool) -> LibraryModel:
             own=timm.data.create_transform(**config, is_training=False),
         ),
         Classes(outputs, class_names(timm, outputs)) if outputs else None,
-        random=not pretrained,
+        random=weights is None,
     )
+    if weights is not None and not pretrained:
+        load_weights(module, Path(weights))
+    return model
 
 
 def class_names(timm: Any, outputs: int) -> dict[int, tuple[str, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -9,9 +10,10 @@ from torch import nn
 from gpusq_compile.errors import InputError
 from gpusq_compile.sources.losses import pixel_loss, torchvision_detection_loss
 from gpusq_compile.sources.metrics import found_boxes, pixel_accuracy
-from gpusq_compile.sources.model import Classes, Images, LibraryModel
+from gpusq_compile.sources.model import PRETRAINED, Classes, Images, LibraryModel
 from gpusq_compile.sources.require import quiet_downloads, require
 from gpusq_compile.sources.timm_models import not_built, unknown_model
+from gpusq_compile.sources.weights import load_weights
 
 PACKAGE = "torchvision.models"
 REFUSED = {
@@ -22,12 +24,15 @@ REFUSED = {
 """The packages of torchvision whose models are not compiled, and why."""
 
 
-def torchvision_model(name: str, pretrained: bool) -> LibraryModel:
+def torchvision_model(name: str, weights: str | None) -> LibraryModel:
     """Build a torchvision model; its kind is told by the package that defines it.
 
+    Args:
+        weights: `pretrained`, a safetensors file, or None for random ones.
+
     Raises:
-        InputError: torchvision is not installed, has no such model or cannot build it, or the
-            model takes anything but single images.
+        InputError: torchvision is not installed, has no such model or cannot build it, the model
+            takes anything but single images, or the weights do not fit.
     """
     models = require(PACKAGE)
     if name not in models.list_models():
@@ -38,8 +43,9 @@ def torchvision_model(name: str, pretrained: bool) -> LibraryModel:
             "model-not-supported",
             f"torchvision:{name} {REFUSED[package]}; the compiler takes float models of images",
         )
-    weights = models.get_model_weights(name).DEFAULT
-    arguments: dict[str, Any] = {"weights": weights if pretrained else None}
+    pretrained = weights == PRETRAINED
+    published = models.get_model_weights(name).DEFAULT
+    arguments: dict[str, Any] = {"weights": published if pretrained else None}
     if package in ("detection", "segmentation") and not pretrained:
         arguments["weights_backbone"] = None  # By default they would be downloaded.
     try:
@@ -47,9 +53,11 @@ def torchvision_model(name: str, pretrained: bool) -> LibraryModel:
             module = models.get_model(name, **arguments)
     except Exception as error:
         raise not_built("torchvision", name, error) from error
-    build = {"detection": _detector, "segmentation": _segmenter}.get(package, _classifier)
-    model = build(f"torchvision:{name}", module, weights)
-    model.random = not pretrained
+    described: Any = {"detection": _detector, "segmentation": _segmenter}.get(package, _classifier)
+    model: LibraryModel = described(f"torchvision:{name}", module, published)
+    model.random = weights is None
+    if weights is not None and not pretrained:
+        load_weights(module, Path(weights))
     return model
 
 

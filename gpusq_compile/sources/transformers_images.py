@@ -8,6 +8,7 @@ from gpusq_compile.sources.model import Images
 from gpusq_compile.sources.require import require
 
 DEFAULT_SIZE = (224, 224)
+IMAGENET = Images(DEFAULT_SIZE)
 PILLOW_FILTERS = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 """`resample` in preprocessor_config.json is Pillow's number of a filter."""
 
@@ -50,20 +51,21 @@ def input_images(
     size, place = next((size, place) for size, place in choices if size is not None)
     # A preprocessor made for another size keeps its margin.
     edge = round(min(size) * min(resized) / min(cut)) if cut and resized else None
-    mean, std = said.get("image_mean"), said.get("image_std")
+    mean, std = said.get("image_mean") or IMAGENET.mean, said.get("image_std") or IMAGENET.std
     if said.get("do_normalize") is False:
         mean, std = (0.0,), (1.0,)
     channels = getattr(config, "num_channels", 3)
     images = Images(
         size,
-        *((tuple(mean), tuple(std)) if mean and std else ()),
+        tuple(mean),
+        tuple(std),
         edge=edge if edge is not None and edge >= max(size) else None,
         channels=channels if isinstance(channels, int) else 3,
         interpolation=PILLOW_FILTERS.get(said.get("resample") or 2, "bilinear"),
     )
     text = (
         f"images of {size[0]}x{size[1]} ({place}), normalized with mean {_short(images.mean)} and "
-        f"deviation {_short(images.std)} ({own if mean and std else 'the default'})"
+        f"deviation {_short(images.std)} ({own if said.get('image_mean') else 'the default'})"
     )
     return images, text
 

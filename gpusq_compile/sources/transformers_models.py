@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ from safetensors import SafetensorError
 from gpusq_compile.errors import InputError, nearest
 from gpusq_compile.sources.losses import pixel_loss, transformers_detection_loss
 from gpusq_compile.sources.metrics import found_queries, pixel_accuracy
-from gpusq_compile.sources.model import Classes, LibraryModel, Task
+from gpusq_compile.sources.model import PRETRAINED, Classes, LibraryModel, Task
 from gpusq_compile.sources.require import require
-from gpusq_compile.sources.transformers_config import Place, find, no_network, quiet_transformers
+from gpusq_compile.sources.transformers_config import Place, find, quiet_transformers
 from gpusq_compile.sources.transformers_images import input_images
 from gpusq_compile.sources.transformers_outputs import take_pixels_alone
+from gpusq_compile.sources.weights import misfit, read_weights
 
 AUTO_CLASSES = (
     "AutoModelForImageClassification",
@@ -34,8 +36,12 @@ AUTO_CLASSES = (
 """Tried in this order for a configuration that names no class of the library."""
 
 
-def transformers_model(what: str, pretrained: bool) -> LibraryModel:
+def transformers_model(what: str, weights: str | None) -> LibraryModel:
     """Build the model of a folder, a configuration or a hub name.
+
+    Args:
+        weights: a safetensors file; `pretrained` insists on those that lie beside the
+            configuration, which are taken anyway.
 
     Raises:
         InputError: transformers is not installed, nothing is there, the configuration is no image
@@ -43,7 +49,7 @@ def transformers_model(what: str, pretrained: bool) -> LibraryModel:
     """
     require("transformers")
     place = find(what)
-    if pretrained and place.weights is None:
+    if weights == PRETRAINED and place.weights is None:
         raise InputError(
             "weights-missing",
             f"{place.origin} has no weights beside its configuration",
@@ -51,12 +57,13 @@ def transformers_model(what: str, pretrained: bool) -> LibraryModel:
         )
     notes: list[tuple[str, str]] = []
     facts: list[tuple[str, str]] = []
+    file = Path(weights) if weights not in (None, PRETRAINED) else None
     with quiet_transformers():
         config = _configuration(place)
         kind, own, why = _choose(place, config)
         if why:
             facts.append(("model-chosen", why))
-        module = _build(place, kind, own, notes)
+        module = _build(place, kind, own, file, notes, tower=own is not config)
     task = _task(kind)
     take_pixels_alone(module, task)
     images, text = input_images(own, place.processor, config.model_type)
@@ -66,7 +73,7 @@ def transformers_model(what: str, pretrained: bool) -> LibraryModel:
         module,
         task,
         images,
-        random=place.weights is None,
+        random=place.weights is None and file is None,
         notes=notes,
         facts=facts,
     )
@@ -160,20 +167,35 @@ def _takes_images(kind: Any) -> bool:
     return "pixel_values" in parameters and "input_ids" not in parameters and not needed
 
 
-def _build(place: Place, kind: Any, config: Any, notes: list[tuple[str, str]]) -> Any:
-    """The module in float32, with the weights of `place` or random ones."""
-    if place.weights is None:
+def _build(
+    place: Place,
+    kind: Any,
+    config: Any,
+    file: Path | None,
+    notes: list[tuple[str, str]],
+    *,
+    tower: bool,
+) -> Any:
+    """The module in float32, with the weights of `file`, of `place`, or random ones.
+
+    Args:
+        tower: whether it is the vision part alone of what the weights are of.
+    """
+    if place.weights is None and file is None:
         for part in (config, getattr(config, "backbone_config", None)):
-            if getattr(part, "use_pretrained_backbone", False):
+            if part is not None and getattr(part, "use_pretrained_backbone", False):
                 part.use_pretrained_backbone = False  # It would be downloaded.
         try:
             return kind(config).float()
         except Exception as error:
             raise _not_built(place, kind, error) from error
+    # The library knows the names that a model's tensors had in its earlier versions.
+    state = None if file is None else read_weights(file)
     try:
         module, info = kind.from_pretrained(
-            place.weights,
+            None if file is not None else place.weights,
             config=config,
+            state_dict=state,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=place.offline,
@@ -185,17 +207,22 @@ def _build(place: Place, kind: Any, config: Any, notes: list[tuple[str, str]]) -
             "weights-unreadable", f"the weights of {place.origin} are damaged: {error}"
         ) from None
     except OSError as error:
-        if place.offline and place.source == place.weights and "/" in place.weights:
-            raise no_network(place.weights) from None
         raise InputError("weights-unreadable", f"{place.origin}: {_first_line(error)}") from None
     except Exception as error:
         raise _not_built(place, kind, error) from error
-    if missing := sorted(info["missing_keys"]):
-        text = (
-            f"{len(missing)} tensors of {kind.__name__} are not among the weights of "
-            f"{place.origin} and are random (first: {missing[0]})"
-        )
-        notes.append(("weights-incomplete", text))
+    missing = sorted(info["missing_keys"])
+    if missing and file is not None:
+        raise misfit(file, [f"{len(missing)} missing (first: {missing[0]})"])
+    # A vision tower leaves the text part's tensors behind, and that is said already.
+    unused = sorted(info["unexpected_keys"]) if not tower else []
+    kinds = (
+        ("weights-incomplete", missing, "are not among the weights and are random"),
+        ("weights-unused", unused, "of the weights are none of its own and are left out"),
+    )
+    for code, names, what in kinds:
+        if names:
+            text = f"{place.origin}: {len(names)} tensors {what} (first: {names[0]})"
+            notes.append((code, text))
     return module
 
 

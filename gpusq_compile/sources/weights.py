@@ -11,11 +11,11 @@ from torch import nn
 from gpusq_compile.errors import InputError, nearest
 
 
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Load all of a module's weights from a safetensors file.
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file by name.
 
     Raises:
-        InputError: there is no such file, it is no safetensors file, or it does not fit.
+        InputError: there is no such file, or it is no safetensors file.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -28,14 +28,28 @@ def load_weights(module: nn.Module, path: Path) -> None:
             + "--weights takes 'pretrained' or the path of a safetensors file",
         )
     try:
-        state = load_file(path)
+        return load_file(path)
     except (SafetensorError, OSError) as error:
         raise InputError("weights-unreadable", f"{path} is no safetensors file: {error}") from None
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Load all of a module's weights from a safetensors file.
+
+    Raises:
+        InputError: there is no such file, it is no safetensors file, or it does not fit.
+    """
+    state = read_weights(path)
     if faults := _mismatches(module.state_dict(), state):
-        raise InputError(
-            "weights-mismatch", f"{path} does not fit the model: tensors {'; '.join(faults)}"
-        )
+        raise misfit(path, faults)
     module.load_state_dict(state)
+
+
+def misfit(path: Path, faults: list[str]) -> InputError:
+    """The error for weights that are another model's."""
+    return InputError(
+        "weights-mismatch", f"{path} does not fit the model: tensors {'; '.join(faults)}"
+    )
 
 
 def _mismatches(
