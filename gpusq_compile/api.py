@@ -114,7 +114,7 @@ def compile_model(
 
     Args:
         model: a module in which the trained weights are loaded (it is copied, and left as it is),
-            or what the command line takes: a model file, `timm:NAME`, `torchvision:NAME`.
+            or what the command line takes: a model file, `timm:NAME`, `torchvision:NAME`, `hf:DIR`.
         example_inputs: the tensors `forward` takes, batch first; required with a module.
         rules: a shipped name (`int8`), a YAML file, or the same document as a mapping.
         output: folder for the artifacts; nothing is written when None.
@@ -199,7 +199,9 @@ def compile_model(
                     dynamic_shapes=dynamic_shapes,
                 )
                 if isinstance(model, nn.Module)
-                else load_source(str(model), data=data, weights=weights)
+                else load_source(
+                    str(model), data=data, weights=weights, scope=scope or resolved.scope
+                )
             )
             check_source(source)
             network = Network(source.module, scope or resolved.scope)

@@ -38,6 +38,7 @@ from gpusq_compile.graph.query import (
     module_path,
     op_of,
     operator_name,
+    static_shape,
     tensor_attribute,
     value_dependent,
     weight_source,
@@ -58,6 +59,8 @@ from gpusq_compile.plan import TAP_PLAN, LayerPlan, TapPlan, Treatment, planned,
 from gpusq_compile.remarks import Kind, Remark, analysis, missed, passed
 from gpusq_compile.second_moments import looks_at_inputs
 from gpusq_compile.sparsity import PATTERNS, REDUCTION_AXIS
+
+STAGE_END = "stage_end"
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,8 @@ def run(compilation: Compilation) -> PassResult:
         offer.node.meta[TAP_PLAN] = TapPlan(offer.candidate.name, role, distill, rules)
         result.matched += 1
         result.changed += 1
-        result.remarks.append(passed("tap-marked", f"distill at {role}", offer.candidate.name))
+        text = f"distill at {tap_place(offer, offers)}"
+        result.remarks.append(passed("tap-marked", text, offer.candidate.name))
     if not compilation.options.dry_run:
         require_data(compilation)
     return result
@@ -131,6 +135,18 @@ def unmatched_rules(compilation: Compilation, offers: Sequence[Offer]) -> str:
         and not any(matches(located.rule.match, candidate) for candidate in candidates)
     ]
     return f": {found[0]}" if found else ""
+
+
+def tap_place(offer: Offer, offers: Sequence[Offer]) -> str:
+    """What a tap sees: its role, of a stage's end also which stage, and the feature map."""
+    role = offer.roles[0] if offer.roles else offer.candidate.op
+    if role == STAGE_END:
+        ends = [other.node for other in offers if STAGE_END in other.roles]
+        role = f"end of stage {ends.index(offer.node) + 1} of {len(ends)}"
+    sizes = (static_shape(offer.node) or ())[1:]
+    if len(sizes) == 2:
+        return f"{role}: {sizes[0]} tokens of {sizes[1]}"
+    return f"{role}: {'x'.join(str(size) for size in sizes)}" if sizes else role
 
 
 def mark_attentions(

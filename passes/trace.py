@@ -63,6 +63,9 @@ def run(compilation: Compilation) -> PassResult:
     nodes = len(compilation.graph.graph.nodes)
     result = PassResult(matched=1, changed=1)
     result.remarks.append(analysis("traced", f"{nodes} nodes from {source.origin}"))
+    for code, text in source.facts:
+        compilation.console.info(text)
+        result.remarks.append(analysis(code, text))
     for code, text in source.notes:
         compilation.console.warn(text)
         result.remarks.append(missed(code, text))

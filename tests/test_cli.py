@@ -255,7 +255,8 @@ class TestOptions:
         }
         assert rows["fc1"] == ["1", "64x32", "2:4 int8", "int8", "int8"]
         assert rows["head"] == ["1", "4x32", "-", "-", "-"]
-        assert "distilled at: patch_embed (patch_embed), norm (final_projection)" in run.err
+        assert "distilled at:\n  patch_embed: patch_embed: " in run.err
+        assert "\n  norm: final_projection: " in run.err
         assert "nothing was written" in run.err
         assert "top-1" not in run.err
 
