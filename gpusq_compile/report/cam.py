@@ -104,8 +104,9 @@ def thinned(values: torch.Tensor) -> torch.Tensor:
 
 
 def as_levels(values: torch.Tensor) -> torch.Tensor:
-    """A map as uint8, its maximum at 255; all zero where it is."""
-    return (255 * values / values.max().clamp_min(1e-30)).round().clamp(0, 255).to(torch.uint8)
+    """A map as uint8, its least value at 0 and its greatest at 255; all zero where it is flat."""
+    low, high = values.min(), values.max()
+    return (255 * (values - low) / (high - low).clamp_min(1e-30)).round().to(torch.uint8)
 
 
 def correlation(one: torch.Tensor, other: torch.Tensor) -> float | None:

@@ -64,7 +64,7 @@ class Crop:
 class MapPair:
     """The activation maps of one image at one place: uint8 [height, width] as base64.
 
-    Each is scaled to its own maximum. `method` is `grad-cam` or `activation`; `correlation`
+    Each is stretched over its own range. `method` is `grad-cam` or `activation`; `correlation`
     Pearson's between the two before the rounding to uint8, None where one is constant.
     """
 

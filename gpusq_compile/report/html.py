@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from gpusq_compile.report import page_figures as figures
 from gpusq_compile.report.compute_view import PAPER
@@ -131,11 +131,17 @@ def environment() -> Environment:
     )
     found.filters["number"] = number
     found.filters["percent"] = percent
+    found.filters["breakable"] = breakable
     return found
 
 
 def number(value: float | None, form: str = ".4g") -> str:
-    return "–" if value is None else format(value, form)
+    return "–" if value is None else format(value, form).replace("-", "\u2212")
+
+
+def breakable(name: str) -> Markup:
+    """A dotted name that may go on in the next line after each dot."""
+    return Markup(str(escape(name)).replace(".", ".<wbr>"))
 
 
 def percent(value: float | None, form: str = ".2%") -> str:

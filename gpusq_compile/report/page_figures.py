@@ -20,8 +20,8 @@ PARTS = (
     ("feature", "features", "s4", "gamma"),
 )
 PHASES = {
-    "sparse": "Sparse phase: the dense model teaches the pruned one",
-    "quantize": "Quantized phase: the sparse model teaches the quantized one",
+    "sparse": "Sparse phase: dense teaches sparse",
+    "quantize": "Quantized phase: sparse teaches quantized",
 }
 ERRORS = (
     ("pruning_db", "pruning", "the dense weight against itself under its mask"),
@@ -269,8 +269,8 @@ def color(share: float) -> tuple[int, int, int, int]:
             red, green, blue = (
                 round(a + (b - a) * part) for a, b in zip(one, other, strict=True)
             )
-            return red, green, blue, round(40 + 175 * min(1.0, 1.4 * share))
-    return (*HOTTEST, 215)
+            return red, green, blue, round(70 + 135 * min(1.0, 1.2 * share))
+    return (*HOTTEST, 205)
 
 
 PALETTE = [color(index / 31) for index in range(32)]

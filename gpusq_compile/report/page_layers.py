@@ -29,7 +29,8 @@ def layer_rows(
                 "role": layer["role"] or UNKNOWN,
                 "shape": "×".join(str(side) for side in layer["shape"]),
                 "state": state_of(layer),
-                "treatment": treatment(layer["applied"]),
+                "pattern": layer["applied"]["sparsity"] or "dense",
+                "types": types_of(layer["applied"]),
                 "kind": layer.get("execution", {}).get("kind", UNKNOWN),
                 "engine": engine_type(layer),
                 "weight_db": found.get("weight_db"),
@@ -50,13 +51,15 @@ def state_of(layer: Mapping[str, Any]) -> str:
 
 def treatment(applied: Mapping[str, str | None]) -> str:
     """`2:4 · int8` where all types are one, else `2:4 · W int8 · O int4`; dense where nothing."""
-    types = {short: applied[key] for key, short in TYPES if applied[key]}
-    parts = [applied["sparsity"]] if applied["sparsity"] else []
-    if types and len(types) == len(TYPES) and len(set(types.values())) == 1:
-        parts.append(next(iter(types.values())))
-    else:
-        parts += [f"{short} {name}" for short, name in types.items()]
-    return " · ".join(str(part) for part in parts) or "dense"
+    parts = [applied["sparsity"], types_of(applied)]
+    return " · ".join(part for part in parts if part) or "dense"
+
+
+def types_of(applied: Mapping[str, str | None]) -> str:
+    types = {short: str(applied[key]) for key, short in TYPES if applied[key]}
+    if len(types) == len(TYPES) and len(set(types.values())) == 1:
+        return next(iter(types.values()))
+    return " · ".join(f"{short} {name}" for short, name in types.items())
 
 
 def engine_type(layer: Mapping[str, Any]) -> str | None:

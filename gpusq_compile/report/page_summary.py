@@ -24,6 +24,9 @@ def headline(report: Mapping[str, Any]) -> str:
     kinds = Counter(layer.get("execution", {}).get("kind", UNKNOWN) for layer in changed)
     kind, count = kinds.most_common(1)[0]
     text = f"{count} of {len(layers)} layers run as {kind}"
+    weights = Counter(layer["applied"]["weight"] for layer in changed).most_common(1)[0][0]
+    if weights and weights not in kind:
+        text += f" with {weights} values"
     stage, value = final_accuracy(report)
     dense = report["accuracy"].get("dense")
     if value is None:
@@ -81,7 +84,7 @@ def layers_tile(report: Mapping[str, Any]) -> dict[str, str]:
     changed = sum(any(layer["applied"].values()) for layer in layers)
     refused = sum(bool(layer["reasons"]) for layer in layers)
     below = f"{refused} refused" if refused else "none refused"
-    return tile("Layers compressed", f"{changed} of {len(layers)}", below, "warn" * bool(refused))
+    return tile("Compressed", f"{changed} of {len(layers)}", f"layers; {below}", "warn" * bool(refused))
 
 
 def size_tiles(report: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -105,34 +108,34 @@ def compute_tile(report: Mapping[str, Any]) -> dict[str, str]:
     if not ratio:
         return {}
     gemms = compute["compressed_gemms"]["equivalent_flops"]["ratio"] if compute else None
-    below = "equivalent FLOPs of the whole model"
+    below = "fewer equivalent FLOPs"
     if gemms:
-        below += f"; {gemms:.1f}× in compressed GEMMs"
-    return tile("Compute", f"{ratio:.1f}× less", below)
+        below += f"; {gemms:.1f}× in GEMMs"
+    return tile("Compute", f"{ratio:.1f}×", below)
 
 
 def verify_tile(report: Mapping[str, Any]) -> dict[str, str]:
     verify = report["verify"]
     if not verify:
-        return tile("Verification", "not reached", "the run ended before it", "bad")
+        return tile("Verified", "no", "the run ended before it", "bad")
     found = verify["numerics"]
     cosine = found["min_cosine"]
     faults = len(verify["structure"]["faults"])
-    below = f"ONNX Runtime against the graph, {found['samples']} samples"
+    below = f"least cosine of {found['samples']} samples, ONNX Runtime"
     if faults:
         below = f"{faults} faults in the stored layers"
-    value = "cosine " + (UNKNOWN if cosine is None else f"{cosine:.4f}")
-    return tile("Verification", value, below, "" if verify["ok"] else "bad")
+    value = UNKNOWN if cosine is None else f"{cosine:.4f}"
+    return tile("Verified" if verify["ok"] else "Verification failed", value, below, "" if verify["ok"] else "bad")
 
 
 def engine_tile(report: Mapping[str, Any]) -> dict[str, str]:
     engine = report["engine"]
     if not engine or not engine["targets"]:
-        return tile("Engine", "none", "--engine none, or none could be built")
+        return tile("Engine", "none", "was built here")
     target, built = next(iter(engine["targets"].items()))
     right = sum(gemm["status"] == "passed" for gemm in built["gemms"])
     total = len(built["gemms"])
-    below = f"GEMMs in the planned type ({engine['backend']}, {target})"
+    below = f"GEMMs in the planned type, {engine['backend']}, {target}"
     return tile("Engine", f"{right} of {total}", below, "warn" * (right < total))
 
 

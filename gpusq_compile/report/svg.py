@@ -14,6 +14,11 @@ MARGIN = (10, 10, 30, 44)
 """Pixels above, right, below and left of a chart's area."""
 
 
+MOST_TICKS = 6
+MOST_SEPARATE = 160
+"""Cells in a row up to which each is set apart from the next."""
+
+
 @dataclass(frozen=True)
 class Series:
     """One line: `style` is the class s1 to s4, values by x, None where there is none."""
@@ -94,12 +99,11 @@ def line_chart(title: str, x_label: str, xs: Sequence[float], series: Sequence[S
 def log_ticks(low: float, high: float) -> list[float]:
     """Round numbers over a logarithmic range, two to about six, inside it where that is enough."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    decades = last - first
-    steps = (1, 2, 5) if decades <= 2 else (1,)
-    ticks = [step * 10.0**power for power in range(first, last + 1) for step in steps]
-    if len(steps) == 1 and decades > 6:
-        ticks = ticks[:: math.ceil(decades / 6)]
-    inside = [tick for tick in ticks if low <= tick <= high]
+    for steps in ((1, 2, 5), (1, 3), (1,)):
+        ticks = [step * 10.0**power for power in range(first, last + 1) for step in steps]
+        inside = [tick for tick in ticks if low <= tick <= high]
+        if len(inside) <= MOST_TICKS:
+            break
     if len(inside) >= 2:
         return inside
     below = [tick for tick in ticks if tick <= low] or ticks[:1]
@@ -122,19 +126,19 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
 def strip(rows: Sequence[Sequence[int | None]]) -> Markup:
     """Rows of cells, one column a layer: class q0 (worst) to q5, qn where nothing is known.
 
-    Neighbours of one class become one rectangle.
+    Where there are many, neighbours of one class become one rectangle.
     """
     columns = max((len(row) for row in rows), default=0)
     parts = []
     for y, row in enumerate(rows):
         start = 0
         for x in range(1, len(row) + 1):
-            if x == len(row) or row[x] != row[start]:
+            if x == len(row) or row[x] != row[start] or columns <= MOST_SEPARATE:
                 level = row[start]
                 style = "qn" if level is None else f"q{level}"
+                width = x - start if columns > MOST_SEPARATE else 0.94
                 parts.append(
-                    f'<rect class="{style}" x="{start}" y="{y * 10}" width="{x - start}" '
-                    'height="9"/>'
+                    f'<rect class="{style}" x="{start}" y="{y * 10}" width="{width}" height="9"/>'
                 )
                 start = x
     return Markup(
