@@ -49,6 +49,9 @@ from gpusq_compile.plan import planned
 from gpusq_compile.processes import joined
 from gpusq_compile.randomness import seed_everything
 from gpusq_compile.report.document import make_report
+from gpusq_compile.report.evidence import EVIDENCE, write_evidence
+from gpusq_compile.report.html import PAGE, write_page
+from gpusq_compile.report.observe import Observer
 from gpusq_compile.reproducer import internal_error
 from gpusq_compile.user_state import in_user_model, user_state_dict
 
@@ -215,6 +218,8 @@ def compile_model(
         compilation = Compilation(
             source, resolved, options, console, network, stage, processes=processes
         )
+        if output is not None and not dry_run and processes.first:
+            compilation.observer = Observer()
         if console.verbosity >= 0:
             console.info(f"compiling {source.origin}")
         if output is not None and finetune and not dry_run:
@@ -265,7 +270,7 @@ def _write(
     *,
     failed: bool,
 ) -> list[Path]:
-    """Write the report and publish the folder; of a failed run the report alone."""
+    """Write the report and publish the folder; of a failed run the report and its page alone."""
     if failed:
         for name in (MODEL_FILE, SCRIPT, WEIGHTS, GRAPH):
             (stage / name).unlink(missing_ok=True)
@@ -273,6 +278,10 @@ def _write(
     else:
         write_script(compilation, stage / SCRIPT)
     write_json(stage / REPORT, report)
+    evidence = None
+    if compilation.observer is not None:
+        evidence = write_evidence(stage / EVIDENCE, compilation.observer.evidence)
+    write_page(stage / PAGE, report, evidence)
     about = {
         "tool": {"name": "gpusq-compile", "version": __version__},
         "versions": versions(),

@@ -45,6 +45,8 @@ def run_passes(compilation: Compilation, passes: Sequence[Pass]) -> None:
             )
         if step.name in MEASURED_BEFORE:
             measure(compilation, MEASURED_BEFORE[step.name], compilation.ir)
+        if compilation.observer is not None:
+            compilation.observer.before(compilation, step.name)
         run_pass(compilation, step)
         if step.name in MEASURED_AFTER:
             measure(compilation, MEASURED_AFTER[step.name], compilation.ir)

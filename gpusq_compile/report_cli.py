@@ -35,14 +35,29 @@ DAMAGE = (LookupError, TypeError, AttributeError, ValueError)
 @click.option(
     "--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True
 )
+@click.option(
+    "--open",
+    "opens",
+    is_flag=True,
+    help="Open the page of the run in a browser. It is made again where it is missing, or where "
+    "logs say more.",
+)
 @click.version_option(__version__, prog_name="gpusq-report")
-def command(folder: Path, logs: tuple[Path, ...], form: str) -> None:
+def command(folder: Path, logs: tuple[Path, ...], form: str, opens: bool) -> None:
     """Show the report of the run whose output folder is FOLDER.
 
     With the logs of an engine that build_engine.sh built, it says which layers got sparse kernels,
     and why others got none. report.json stays as it is.
     """
     report = add_logs(read_report(folder), folder, logs)
+    if opens:
+        from gpusq_compile.report.open_page import open_page
+
+        try:
+            write_out(f"{open_page(report_file(folder).parent, report)}\n", sys.stdout)
+        except DAMAGE as error:
+            raise damaged(folder, error) from None
+        return
     if form == "json":
         write_out(json.dumps(report, indent=2) + "\n", sys.stdout)
         return
