@@ -48,7 +48,7 @@ from gpusq_compile.passes.verify_onnx import MODEL_FILE
 from gpusq_compile.plan import planned
 from gpusq_compile.processes import joined
 from gpusq_compile.randomness import seed_everything
-from gpusq_compile.report.document import make_report
+from gpusq_compile.report.document import make_report, outcome
 from gpusq_compile.reproducer import internal_error
 from gpusq_compile.user_state import in_user_model, user_state_dict
 
@@ -221,8 +221,6 @@ def compile_model(
         try:
             with disk_full_named(output), exact_arithmetic():
                 run_passes(compilation, passes)
-            if processes.first:
-                check_gates(compilation, gates)
         except CheckFailed as failed:
             error = failed
         except (InputError, KeyboardInterrupt):
@@ -230,6 +228,12 @@ def compile_model(
         except Exception as crash:
             raise internal_error(compilation, crash, output, command) from crash
         report = make_report(compilation, error, stage / MODEL_FILE)
+        if error is None and processes.first:
+            try:
+                check_gates(report, gates)
+            except CheckFailed as failed:
+                error = failed
+                report |= outcome(error)
         files: list[Path] = []
         if output is not None and not dry_run and processes.first:
             with disk_full_named(output):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ class Compilation:
     and `reference` the outputs before the current pass. `expected` are the fake-quantized graph's
     outputs, which the final file must reproduce. `facts` are what passes so far ensure.
     `accuracy` is top-1, in [0, 1], and `metrics` what the user's `metrics` gave, by stage.
+    `started` is when it began, by the monotonic clock.
     """
 
     source: ModelSource
@@ -84,6 +86,7 @@ class Compilation:
     verify: dict[str, Any] = field(default_factory=dict)
     packed: PackedBytes | None = None
     engine: EngineReport | None = None
+    started: float = field(default_factory=time.monotonic)
 
     @property
     def device(self) -> torch.device:

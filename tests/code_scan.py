@@ -62,19 +62,19 @@ def scan(files: Iterable[Path] | None = None) -> tuple[list[Use], list[str]]:
     for path, tree in trees.items():
         file = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
         for call, function in _calls(tree):
-            name = _name(call.func)
-            if name not in takers:
+            names = _aliased(call.func, function)
+            if not names <= set(takers):
                 continue
-            argument = _argument(call, takers[name])
+            argument = _argument(call, takers[next(iter(names))])
             if argument is None:
                 continue
             found = _codes(argument, function, constants)
             if found is None:
                 unknown.append(f"{file}:{call.lineno}: {ast.unparse(call)}")
                 continue
-            kind = KINDS.get(name, "input error")
             text = ast.unparse(call)
-            uses += [Use(code, kind, file, call.lineno, text) for code in found]
+            for kind in sorted(KINDS.get(name, "input error") for name in names):
+                uses += [Use(code, kind, file, call.lineno, text) for code in found]
         for note, line in _notes(tree):
             uses.append(Use(note, "missed", file, line, note))
     return uses, unknown
@@ -151,6 +151,17 @@ def _calls(tree: ast.Module) -> Iterator[tuple[ast.Call, Function | None]]:
             yield from visit(child, inner)
 
     yield from visit(tree, None)
+
+
+def _aliased(called: ast.expr, function: Function | None) -> set[str]:
+    """The names that a call may mean: `note = missed if wanted else analysis` gives one two."""
+    name = _name(called)
+    for node in ast.walk(function) if function else ():
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.IfExp):
+            targets = [target.id for target in node.targets if isinstance(target, ast.Name)]
+            if name in targets:
+                return {_name(node.value.body), _name(node.value.orelse)}
+    return {name}
 
 
 def _notes(tree: ast.Module) -> Iterator[tuple[str, int]]:

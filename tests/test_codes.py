@@ -115,6 +115,7 @@ def test_the_document_of_all_codes_is_current() -> None:
         ),
         ("class E(GpusqError): pass\nE('one', '')", ["one"]),
         ("notes.append(('one', 'text'))", ["one"]),
+        ("def f():\n    note = missed if a else missed\n    note('one', '')", ["one"]),
         ("print('no-code')", []),
     ],
 )
