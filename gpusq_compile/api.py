@@ -227,13 +227,15 @@ def compile_model(
             raise
         except Exception as crash:
             raise internal_error(compilation, crash, output, command) from crash
-        report = make_report(compilation, error, stage / MODEL_FILE)
-        if error is None and processes.first:
-            try:
+        try:
+            report = make_report(compilation, error, stage / MODEL_FILE)
+            if error is None and processes.first:
                 check_gates(report, gates)
-            except CheckFailed as failed:
-                error = failed
-                report |= outcome(error)
+        except CheckFailed as failed:
+            error = failed
+            report |= outcome(error)
+        except Exception as crash:
+            raise internal_error(compilation, crash, output, command) from crash
         files: list[Path] = []
         if output is not None and not dry_run and processes.first:
             with disk_full_named(output):

@@ -259,7 +259,7 @@ def main() -> None:
     """Console entry point: errors become a message and an exit code, never a traceback."""
     try:
         with ended_by_signals():
-            command(standalone_mode=False)
+            command(prog_name="gpusq-compile", standalone_mode=False)
     except click.exceptions.NoSuchOption as error:
         valid = [name for parameter in command.params for name in parameter.opts]
         hint = did_you_mean(error.option_name, [name for name in valid if name.startswith("--")])

@@ -55,7 +55,8 @@ class Compilation:
     and `reference` the outputs before the current pass. `expected` are the fake-quantized graph's
     outputs, which the final file must reproduce. `facts` are what passes so far ensure.
     `accuracy` is top-1, in [0, 1], and `metrics` what the user's `metrics` gave, by stage.
-    `started` is when it began, by the monotonic clock.
+    `started` is when it began, by the monotonic clock, `running` the pass that runs and `last_good`
+    the text of what the last verified pass left, for whoever looks into a crash.
     """
 
     source: ModelSource
@@ -87,6 +88,8 @@ class Compilation:
     packed: PackedBytes | None = None
     engine: EngineReport | None = None
     started: float = field(default_factory=time.monotonic)
+    running: str = "loading"
+    last_good: str = ""
 
     @property
     def device(self) -> torch.device:

@@ -38,6 +38,7 @@ def run_passes(compilation: Compilation, passes: Sequence[Pass]) -> None:
         Exception: what a pass itself raises.
     """
     for step in passes:
+        compilation.running = step.name
         missing = [fact for fact in step.requires if fact not in compilation.facts]
         if missing:
             raise InternalError(
@@ -50,6 +51,7 @@ def run_passes(compilation: Compilation, passes: Sequence[Pass]) -> None:
             measure(compilation, MEASURED_AFTER[step.name], compilation.ir)
         compilation.facts -= set(step.removes)
         compilation.facts |= set(step.ensures)
+    compilation.running = "report"
 
 
 def run_pass(compilation: Compilation, step: Pass) -> None:
@@ -86,6 +88,8 @@ def run_pass(compilation: Compilation, step: Pass) -> None:
     for remark in result.remarks:
         console.detail(f"  {remark.kind}: {remark.layer or '-'}: {remark.reason}")
     dump(compilation, step, before)
+    if compilation.graph is not None and (result.changed or not compilation.last_good):
+        compilation.last_good = ir_text(compilation)
 
 
 def numerical_change(compilation: Compilation) -> float:

@@ -128,10 +128,12 @@ def show_whole(report: dict[str, Any], console: rich.console.Console) -> None:
 
 def compared(report: dict[str, Any], folder: Path, other: Path, form: str) -> str:
     second = add_logs(read_report(other), other, ())
-    try:
-        found = compare(report, second)
-    except DAMAGE as error:
-        raise damaged(other, error) from None
+    for path, one in ((folder, report), (other, second)):
+        try:
+            compare(one, one)
+        except DAMAGE as error:
+            raise damaged(path, error) from None
+    found = compare(report, second)
     if form == "json":
         return json.dumps(found, indent=2) + "\n"
     console = rich.console.Console(highlight=False)
@@ -217,7 +219,7 @@ def read_report(folder: Path) -> dict[str, Any]:
 def main() -> None:
     """Console entry point: errors become a message and an exit code, never a traceback."""
     try:
-        command(standalone_mode=False)
+        command(prog_name="gpusq-report", standalone_mode=False)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except click.UsageError as error:

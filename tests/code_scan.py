@@ -211,7 +211,7 @@ def _codes(
         return ()
     if isinstance(value, ast.JoinedStr):
         form = "".join(
-            part.value if isinstance(part, ast.Constant) else "{}" for part in value.values
+            str(part.value) if isinstance(part, ast.Constant) else "{}" for part in value.values
         )
         return BUILT.get(form)
     if isinstance(value, ast.Call) and _name(value.func) == "get":

@@ -1,7 +1,7 @@
 """What report.json holds: every key with its type and meaning, and the JSON schema made of them.
 
 The schema is published with the package (`gpusq-report --schema`) and is open: a later version may
-add keys without another `schema_version`; it will not take a key away, nor give one another meaning.
+add keys without another `schema_version`; it will not take a key away, nor give one a new meaning.
 A key that not every report of version 1 has is not required.
 """
 
