@@ -94,6 +94,9 @@ EPILOG = (
 @click.option(
     "--checkpoint-every", type=int, help="Steps between checkpoints [default: by time, 5 min]."
 )
+@click.option(
+    "--emit", multiple=True, metavar="triton", help="Also write a Triton model repository."
+)
 @question_options
 @click.option(
     "--dump-after",
@@ -202,6 +205,7 @@ def compile_command(options: dict[str, Any], console: Console, stdout: TextIO) -
             device=options["device"],
             seed=options["seed"],
             dump_after=options["dump_after"],
+            emit=options["emit"],
             gates=gates,
             dry_run=options["dry_run"],
             resume=options["resume"],
