@@ -353,6 +353,7 @@ def make_plan(offer: Offer, decision: Decision, compute: Sequence[str]) -> Layer
         quantize=quantize,
         requested=treatment(sparsity, quantize),
         rules=tuple(str(hit) for hit in decision.chain),
+        module=offer.candidate.module_class,
     )
     if plan.requested == Treatment():
         return plan

@@ -142,6 +142,14 @@ def matches(match: Match, candidate: Candidate) -> bool:
     return all(_holds(key, wanted, candidate) for key, wanted in _conditions(match))
 
 
+def unmet(match: Match, candidate: Candidate) -> str | None:
+    """The first condition of `match` that does not hold for `candidate`; None where all hold."""
+    for key, wanted in _conditions(match):
+        if not _holds(key, wanted, candidate):
+            return _condition_text(key, wanted)
+    return None
+
+
 def file_line(location: Location) -> str:
     """`rules.yaml:12`, the short form that reports show."""
     return str(Location(location.file, location.line))

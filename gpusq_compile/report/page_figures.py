@@ -266,13 +266,9 @@ def color(share: float) -> tuple[int, int, int, int]:
     for (low, one), (high, other) in zip(stops, stops[1:], strict=False):
         if share <= high:
             part = (share - low) / (high - low)
-            red, green, blue = (
-                round(a + (b - a) * part) for a, b in zip(one, other, strict=True)
-            )
+            red, green, blue = (round(a + (b - a) * part) for a, b in zip(one, other, strict=True))
             return red, green, blue, round(70 + 135 * min(1.0, 1.2 * share))
     return (*HOTTEST, 205)
 
 
 PALETTE = [color(index / 31) for index in range(32)]
-
-
