@@ -14,8 +14,11 @@ from torch import nn
 from gpusq_compile.errors import InputError, did_you_mean, nearest
 from gpusq_compile.model_source import ModelSource
 
-SYNTHETIC_BATCHES = 8
-BATCH = 8
+SYNTHETIC_BATCHES = 4
+SYNTHETIC_BATCH = 4
+"""Noise in place of data only shows that the whole compiles: there is no more to see in more."""
+
+BATCH = 32
 
 
 def load_library_model(
@@ -164,7 +167,7 @@ def _mismatches(
 def _noise(input_size: tuple[int, ...]) -> Iterable[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     for _ in range(SYNTHETIC_BATCHES):
-        yield torch.randn((BATCH, *input_size), generator=generator)
+        yield torch.randn((SYNTHETIC_BATCH, *input_size), generator=generator)
 
 
 def _image_folder(
@@ -205,7 +208,7 @@ def _image_folder(
                 f"{place}: {error}",
                 hint="an image folder holds one folder of images per class",
             ) from None
-        return torch.utils.data.DataLoader(images, batch_size=BATCH * 4, shuffle=shuffle)
+        return torch.utils.data.DataLoader(images, batch_size=BATCH, shuffle=shuffle)
 
     source.train_data = lambda: loader("train", True)
     source.calibration_data = lambda: loader("train", False)
