@@ -357,7 +357,9 @@ class Verify(Block):
         default=0.99, description="Smallest cosine similarity of the outputs of one sample."
     )
     min_top1_agreement: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.97, description="Smallest share of samples for which both name the same class."
+        default=0.97,
+        description="Smallest share of samples for which both name the same class. Left out where "
+        "the samples are generated noise, for want of data: no class is right there.",
     )
     max_difference: PositiveFloat = Field(
         default=0.5,
