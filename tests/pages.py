@@ -87,7 +87,9 @@ def many(count: int) -> tuple[dict[str, Any], dict[str, Any]]:
     layers = [
         make_layer(
             f"blocks.{index}.mlp.fc1",
-            refused="the reduction axis has 30 columns, no multiple of 4" if not index % 10 else None,
+            refused="the reduction axis has 30 columns, no multiple of 4"
+            if not index % 10
+            else None,
             size=1000 + index * 7 % 991,
         )
         for index in range(count)
@@ -102,5 +104,7 @@ def many(count: int) -> tuple[dict[str, Any], dict[str, Any]]:
             evidence.layers[layer["name"]] = LayerEvidence(
                 8.0 + index % 7, 40.0 + index % 11, 35.0, 20.0 - index * 15 / count, 0.5, histogram
             )
-    report = make_report(layers, passes=[make_pass("sparsify", *remarks), make_pass("quantize", *remarks)])
+    report = make_report(
+        layers, passes=[make_pass("sparsify", *remarks), make_pass("quantize", *remarks)]
+    )
     return report, evidence.as_dict()

@@ -15,7 +15,9 @@ from tests.pages import many
 PROGRAM = find_chromium()
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="there is no Chromium (apt: chromium)")
 
-NAMES = "[...document.querySelectorAll('tr[data-index]:not([hidden]) .name')].map(b => b.textContent)"
+NAMES = (
+    "[...document.querySelectorAll('tr[data-index]:not([hidden]) .name')].map(b => b.textContent)"
+)
 SORTED = "[...document.querySelectorAll('th[aria-sort]')].map(h => h.ariaSort)"
 FOCUSED = "document.activeElement.textContent.trim() || document.activeElement.id"
 

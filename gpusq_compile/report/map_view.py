@@ -81,7 +81,7 @@ class MapObserver:
             self.wanted = False
             return
         size = (watch.image.shape[2], watch.image.shape[3])
-        maps = []
+        maps: list[Map | None] = []
         for place, node in enumerate(self.nodes):
             before = dense.maps[place] if dense else None
             if node not in features or (dense and before is None):

@@ -84,7 +84,9 @@ def layers_tile(report: Mapping[str, Any]) -> dict[str, str]:
     changed = sum(any(layer["applied"].values()) for layer in layers)
     refused = sum(bool(layer["reasons"]) for layer in layers)
     below = f"{refused} refused" if refused else "none refused"
-    return tile("Compressed", f"{changed} of {len(layers)}", f"layers; {below}", "warn" * bool(refused))
+    return tile(
+        "Compressed", f"{changed} of {len(layers)}", f"layers; {below}", "warn" * bool(refused)
+    )
 
 
 def size_tiles(report: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -125,7 +127,12 @@ def verify_tile(report: Mapping[str, Any]) -> dict[str, str]:
     if faults:
         below = f"{faults} faults in the stored layers"
     value = UNKNOWN if cosine is None else f"{cosine:.4f}"
-    return tile("Verified" if verify["ok"] else "Verification failed", value, below, "" if verify["ok"] else "bad")
+    return tile(
+        "Verified" if verify["ok"] else "Verification failed",
+        value,
+        below,
+        "" if verify["ok"] else "bad",
+    )
 
 
 def engine_tile(report: Mapping[str, Any]) -> dict[str, str]:
