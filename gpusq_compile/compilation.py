@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,8 @@ class Compilation:
     outputs, which the final file must reproduce. `facts` are what passes so far ensure.
     `accuracy` is top-1, in [0, 1], and `metrics` what the user's `metrics` gave, by stage.
     `observer` looks at the models for the page, None where there will be none.
+    `started` is when it began, by the monotonic clock, `running` the pass that runs and `last_good`
+    the text of what the last verified pass left, for whoever looks into a crash.
     """
 
     source: ModelSource
@@ -89,6 +92,9 @@ class Compilation:
     packed: PackedBytes | None = None
     engine: EngineReport | None = None
     observer: Observer | None = None
+    started: float = field(default_factory=time.monotonic)
+    running: str = "loading"
+    last_good: str = ""
 
     @property
     def device(self) -> torch.device:

@@ -295,7 +295,7 @@ def calibrate(
     if compilation.source.synthetic:
         text = (
             "no data was given, so activation scales come from generated noise and fit no real "
-            "image; --data imagefolder:DIR gives real ones"
+            f"image; --data {compilation.source.data_forms} gives real ones"
         )
         compilation.console.warn(text)
         result.remarks.append(missed("synthetic-calibration", text))
