@@ -569,7 +569,8 @@ def test_a_count_that_differs_fails_the_check_and_leaves_a_report(
     run = compile_here(monkeypatch, capsys, *args)
     assert run.code == 1
     assert "rules.yaml:3:5: error[expect-mismatch]: rule 'a' expects 99 layers and" in run.error
-    assert sorted(os.listdir("out")) == ["manifest.json", "report.json"]
+    found = sorted(os.listdir("out"))
+    assert found == ["evidence.json", "manifest.json", "report.html", "report.json"]
 
 
 # Options: the arguments after the model and the rules, parts of the message.
