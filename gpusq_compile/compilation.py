@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx
 import torch
@@ -24,6 +25,9 @@ from gpusq_compile.options import Options
 from gpusq_compile.packed_file import PackedBytes
 from gpusq_compile.processes import Processes
 from gpusq_compile.remarks import Remark
+
+if TYPE_CHECKING:
+    from gpusq_compile.report.observe import Observer
 
 
 @dataclass
@@ -54,6 +58,9 @@ class Compilation:
     and `reference` the outputs before the current pass. `expected` are the fake-quantized graph's
     outputs, which the final file must reproduce. `facts` are what passes so far ensure.
     `accuracy` is top-1, in [0, 1], and `metrics` what the user's `metrics` gave, by stage.
+    `observer` looks at the models for the page, None where there will be none.
+    `started` is when it began, by the monotonic clock, `running` the pass that runs and `last_good`
+    the text of what the last verified pass left, for whoever looks into a crash.
     """
 
     source: ModelSource
@@ -84,6 +91,10 @@ class Compilation:
     verify: dict[str, Any] = field(default_factory=dict)
     packed: PackedBytes | None = None
     engine: EngineReport | None = None
+    observer: Observer | None = None
+    started: float = field(default_factory=time.monotonic)
+    running: str = "loading"
+    last_good: str = ""
 
     @property
     def device(self) -> torch.device:

@@ -6,9 +6,11 @@ import inspect
 import linecache
 import sysconfig
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from gpusq_compile.errors import InputError, Location, relative_to_cwd
 
@@ -66,6 +68,15 @@ def user_error(error: BaseException, path: Path | None, what: str, code: str) ->
     return InputError(
         code, message, location=Location(relative_to_cwd(Path(frame.filename)), frame.lineno)
     )
+
+
+def innermost_place(frames: Sequence[tuple[str, int]]) -> Location | None:
+    """The last (file, line) that is the user's own, else the last outside of torch; or None."""
+    own = [frame for frame in frames if _is_users(Path(frame[0]))]
+    torchs = Path(torch.__file__).parent
+    library = [frame for frame in frames if not Path(frame[0]).is_relative_to(torchs)]
+    chosen = own or library
+    return Location(relative_to_cwd(Path(chosen[-1][0])), chosen[-1][1]) if chosen else None
 
 
 def _error_text(error: BaseException, frames: list[traceback.FrameSummary]) -> str:

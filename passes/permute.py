@@ -17,7 +17,7 @@ import torch.fx
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.graph.channels import NotTraced, Sizes, concrete_sizes, own_tensor
 from gpusq_compile.graph.producers import InputChannels, trace_back
-from gpusq_compile.graph.query import aten, input_dependent, tensor_attribute, weight_source
+from gpusq_compile.graph.query import aten, tensor_attribute, value_dependent, weight_source
 from gpusq_compile.graph.roles import residual_adds
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.permutation import Order, best_order
@@ -51,7 +51,7 @@ def run(compilation: Compilation) -> PassResult:
         return result
     result.matched = len(asked)
     sizes = concrete_sizes(graph)
-    residuals = set(residual_adds(graph, input_dependent(graph)))
+    residuals = set(residual_adds(graph, value_dependent(graph)))
     generator = torch.Generator().manual_seed(compilation.options.seed)
     free = []
     for node, plan in asked:

@@ -23,11 +23,13 @@ from gpusq_compile.batch_inputs import moved
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.data import some_batches
 from gpusq_compile.errors import InputError
-from gpusq_compile.graph.query import output_nodes, source_line
+from gpusq_compile.graph.functional import is_write, make_functional
+from gpusq_compile.graph.query import module_path, output_nodes, source_frames, source_line
+from gpusq_compile.lowering.decompose import untranslatable
 from gpusq_compile.lowering.lift import convention_of
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.remarks import analysis, missed
-from gpusq_compile.user_code import user_error
+from gpusq_compile.user_code import innermost_place, user_error
 
 MIN_BATCH = 2
 """`torch.export` specializes batch sizes 0 and 1, so the trace needs two or more."""
@@ -49,10 +51,11 @@ def run(compilation: Compilation) -> PassResult:
         raise user_error(error, source.file, "forward()", "forward-failed") from error
     compilation.probe = (args, kwargs)
     compilation.reference = check_outputs(outputs, again)
-    program = export(compilation, module, args, kwargs)
+    program, graph_module = functional(compilation, export(compilation, module, args, kwargs))
     check_program(program)
     compilation.convention = convention_of(program, outputs)
-    compilation.graph = unlift(program)
+    compilation.graph = graph_module
+    check_operators(graph_module)
     compilation.parameter_shapes = {
         name: parameter.shape for name, parameter in module.named_parameters()
     }
@@ -148,12 +151,26 @@ def export(
         shapes = batch_dynamic(module, args, kwargs)
     try:
         with quiet_export():
-            program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
-        # Passes move nodes, which is legal only where no operator writes to its input. An empty
-        # table functionalizes and decomposes nothing; it costs a second trace.
-        return program.run_decompositions({}) if mutates(program) else program
+            return torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
     except Exception as error:
         raise _export_error(compilation, error) from error
+
+
+def functional(
+    compilation: Compilation, program: torch.export.ExportedProgram
+) -> tuple[torch.export.ExportedProgram, torch.fx.GraphModule]:
+    """The program, and its graph with no operator that writes to its input."""
+    graph_module = unlift(program)
+    if not any(is_write(node) for node in graph_module.graph.nodes):
+        return program, graph_module
+    if not make_functional(graph_module):
+        try:
+            # An empty table functionalizes and decomposes nothing; it costs a second trace.
+            program = program.run_decompositions({})
+        except Exception as error:
+            raise _export_error(compilation, error) from error
+        graph_module = unlift(program)
+    return program, graph_module
 
 
 def batch_dynamic(
@@ -197,11 +214,19 @@ def check_program(program: torch.export.ExportedProgram) -> None:
         )
 
 
-def mutates(program: torch.export.ExportedProgram) -> bool:
-    """Whether any operator of the program writes to its input (`relu_`, `zero_`, ...)."""
-    return any(
-        isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-        for node in program.graph.nodes
+def check_operators(graph_module: torch.fx.GraphModule) -> None:
+    """Raise InputError for an operator that ONNX has no words for, before any work is done."""
+    node = untranslatable(graph_module.graph)
+    if node is None:
+        return
+    path = module_path(node)
+    inside = f" in '{path}'" if path else ""
+    raise InputError(
+        "operator-not-in-onnx",
+        f"the ONNX exporter cannot translate {node.target}{inside}",
+        location=innermost_place(source_frames(node)),
+        hint="--scope PATH, or `scope:` in the rules, compiles a submodule without it; "
+        "or say it with other operators",
     )
 
 
@@ -245,12 +270,26 @@ def unlift(program: torch.export.ExportedProgram) -> torch.fx.GraphModule:
     """
     unlifted = program.module(check_guards=False)
     graph_module = torch.fx.GraphModule(unlifted, unlifted.graph)
+    drop_checks(graph_module)
     for node in graph_module.graph.nodes:
         node.meta.pop("from_node", None)
         line = source_line(node)
         if line:
             node.meta["source_line"] = line
     return graph_module
+
+
+def drop_checks(graph_module: torch.fx.GraphModule) -> None:
+    """Erase operators that return nothing (`_assert_tensor_metadata` of a cast, ...).
+
+    In a graph where no operator writes to its input they check what tracing has settled.
+    """
+    for node in reversed(list(graph_module.graph.nodes)):
+        returns = getattr(getattr(node.target, "_schema", None), "returns", None)
+        if node.op == "call_function" and returns is not None and not len(returns):
+            graph_module.graph.erase_node(node)
+    graph_module.graph.eliminate_dead_code()
+    graph_module.recompile()
 
 
 PASS = Pass(

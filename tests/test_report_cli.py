@@ -106,7 +106,10 @@ def test_logs_in_the_engine_folder_are_read_and_the_report_stays(
     run = shown(folder)
     assert (run.code, run.err) == (0, "")
     assert "sparse kernels" in run.out
-    assert "no sparse kernel for 2 layers: its output is not INT8" in run.out
+    assert (
+        "no sparse kernel for 2 layers (blocks.0.attn.proj, blocks.0.mlp.fc2): its output"
+        in run.out
+    )
     assert "model.trt: 1 ms with sparse kernels, 1.3 ms without: 1.30x" in run.out
     assert (folder / "report.json").read_bytes() == before
     merged = json.loads(shown(folder, "--format", "json").out)

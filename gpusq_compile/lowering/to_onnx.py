@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import warnings
 from typing import Any, cast
 
@@ -16,7 +17,9 @@ import torch
 from onnxscript import FLOAT, INT8, opset21
 
 from gpusq_compile.errors import CheckFailed
+from gpusq_compile.graph.query import source_frames
 from gpusq_compile.quantization.operators import DEQUANTIZE, QUANTIZE
+from gpusq_compile.user_code import innermost_place
 
 OPSET = 21
 
@@ -61,7 +64,16 @@ def to_onnx(program: torch.export.ExportedProgram) -> onnx.ModelProto:
             )
     except torch.onnx.errors.OnnxExporterError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise CheckFailed("onnx-export", " ".join(lines[-3:])) from error
+        node = _named(program, str(error))
+        place = None if node is None else innermost_place(source_frames(node))
+        raise CheckFailed(
+            "onnx-export",
+            " ".join(lines[-3:])
+            if node is None
+            else f"the ONNX exporter cannot translate this use of {node.target}: {lines[-1]}",
+            location=place,
+            hint="--scope PATH, or `scope:` in the rules, compiles a submodule without it",
+        ) from error
     assert exported is not None
     model = exported.model
     # The whole optimizer of onnxscript takes longer than the translation; these passes leave
@@ -81,6 +93,13 @@ def to_onnx(program: torch.export.ExportedProgram) -> onnx.ModelProto:
     ):
         simplify(model)
     return ir.to_proto(model)
+
+
+def _named(program: torch.export.ExportedProgram, text: str) -> torch.fx.Node | None:
+    """The node of the program that an error of the exporter names."""
+    named = re.search(r"translating node %(\w+)", text)
+    nodes = {node.name: node for node in program.graph.nodes}
+    return nodes.get(named.group(1)) if named else None
 
 
 @contextlib.contextmanager

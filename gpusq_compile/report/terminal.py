@@ -6,7 +6,6 @@ Tables fit 80 columns; sentences are wrapped where the terminal ends.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,7 +19,7 @@ from gpusq_compile.report.compute_view import compute_lines
 from gpusq_compile.report.execution_view import execution_lines
 from gpusq_compile.report.log_view import log_lines
 from gpusq_compile.report.reasons import MOST_REASONS, UNKNOWN, reason_lines
-from gpusq_compile.report.sparse_view import sparse_lines, sparse_table
+from gpusq_compile.report.sparse_view import legend_lines, sparse_lines, sparse_table
 
 NUMBER = re.compile(r"(?<=[._])\d+(?=[._]|$)|^\d+(?=[._]|$)")
 """The number of a layer among its like: a part of the name (`blocks.3`, `encoder_layer_3`)."""
@@ -32,6 +31,8 @@ def show_report(report: dict[str, Any], console: Console, files: Iterable[str] =
     console.print(layer_table(report))
     if (sparse := sparse_table(report)) is not None:
         console.print(sparse)
+        for text in legend_lines(report):
+            print_sentence(console, escape(text))
     views = (
         refusals,
         execution_lines,
@@ -174,9 +175,9 @@ def tap_lines(report: dict[str, Any]) -> list[str]:
 
 
 def refusals(report: dict[str, Any]) -> list[str]:
-    """Why requested treatment was not applied: each reason once, with how many layers it hit."""
-    counts = Counter(reason for layer in report["layers"] for reason in layer["reasons"])
-    return reason_lines("refused on", counts)
+    """Why requested treatment was not applied: each reason once, with the layers it hit."""
+    pairs = ((layer["name"], reason) for layer in report["layers"] for reason in layer["reasons"])
+    return reason_lines("refused on", pairs)
 
 
 def finetune_lines(report: dict[str, Any]) -> list[str]:
