@@ -100,13 +100,16 @@ class TestTransformers:
         assert report["finetune"]["sparse"]["loss"][0]["hard"] > 0
         assert set(report["metrics"]["onnx"]) == {"pixel_accuracy"}
 
-    def test_a_submodule_of_a_detector_trains_by_the_detectors_own_loss(self, run: Compile) -> None:
+    @pytest.mark.parametrize("scope", [None, "model.encoder"])
+    def test_a_detector_and_a_part_of_it_train_by_its_own_loss(
+        self, scope: str | None, run: Compile
+    ) -> None:
         save_config("DetrForObjectDetection", Path("mine"), size={"height": 64, "width": 64})
         make_coco(Path("photos"))
-        args = ("--scope", "model.encoder", "--data", "coco:photos", "--steps", 2)
-        run("hf:mine", *BRIEF, *args, "-o", "out")
+        part = () if scope is None else ("--scope", scope)
+        run("hf:mine", *BRIEF, *part, "--data", "coco:photos", "--steps", 2, "-o", "out")
         report = report_of("out")
-        assert report["scope"] == "model.encoder"
+        assert report["scope"] == scope
         assert report["finetune"]["sparse"]["loss"][0]["hard"] > 0
         assert set(report["metrics"]["onnx"]) == {"recall_50"}
 
