@@ -712,11 +712,12 @@ class TestLibraryModels:
                     "1 of another shape (first: head.bias is [7], the model has [1000])",
                 ],
             ),
-            (["--data", "coco:."], ["error[unknown-data]: --data coco:.", "imagefolder:DIR"]),
+            (["--data", "coco:."], ["error[data-for-another-task]", "imagefolder:DIR"]),
+            (["--data", "cocoo:."], ["error[unknown-data]: --data cocoo:.", "'coco'?"]),
             (["--data", "."], ["error[unknown-data]", "did you mean imagefolder:.?"]),
             (["--data", "imagefolder:nowhere"], ["error[data-missing]: no folder at nowhere"]),
             (["--data", "imagefolder:flat"], ["error[data-not-an-imagefolder]: flat", "per class"]),
-            (["--data", "imagefolder:torn"], ["error[data-failed]", "batch 0", "torn/a/1.png"]),
+            (["--data", "imagefolder:torn"], ["error[image-unreadable]: torn/a/1.png: "]),
         ],
     )
     def test_bad_weights_and_data_are_named(

@@ -58,11 +58,11 @@ def load_library_model(
         facts=model.facts,
         data_forms=kinds_for(model.task),
     )
-    if model.task == "features" and model.loss is None:
+    if model.task != "classification" and model.loss is None:
         source.loss = features_alone
         text = (
-            f"{model.origin} has no logits and no loss that is known here: a fine-tune trains it "
-            "by the distances at the distillation taps alone"
+            f"{model.origin} has no loss that is known here: a fine-tune trains it by the "
+            "distances at the distillation taps alone"
         )
         source.facts.append(("features-alone", text))
     if data is not None:
