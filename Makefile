@@ -45,8 +45,10 @@ format: setup ## Format the code
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-schema: setup ## Write the generated files again: the JSON schema of the rules language
+schema: setup ## Write the generated files again: JSON schemas, docs/rules.md, docs/codes.md
 	$(BIN)/python -m gpusq_compile.language
+	$(BIN)/python -m gpusq_compile.report
+	$(BIN)/python -m gpusq_compile.codes
 
 bench-compile-time: setup ## Compile time and memory against nvidia-modelopt
 	$(BIN)/python benchmarks/compile_time.py

@@ -248,3 +248,7 @@ def main() -> None:
 def fail(error: GpusqError) -> None:
     click.echo(str(error), err=True)
     sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

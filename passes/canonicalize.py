@@ -9,7 +9,8 @@ Needs `graph`. Rewrites, each exact:
 - fused attention on other than four axes -> on four, all that an engine knows;
 - a non-overlapping convolution (kernel = stride, no padding) -> patches @ linear, so that a patch
   embedding is a GEMM with reduction size C * P * P.
-Guarantees `canonical`.
+Refuses an operator that cannot become ONNX, with its place in the model's source: what is found
+here costs no fine-tune. Guarantees `canonical`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from gpusq_compile.graph.one_form import (
     product_to_linear,
 )
 from gpusq_compile.graph.query import shape_of, static_shape, tensor_attribute
+from gpusq_compile.lowering.exportable import check_exportable
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.remarks import analysis, passed
 
@@ -80,6 +82,7 @@ def run(compilation: Compilation) -> PassResult:
             result.skipped += 1
             result.remarks.append(analysis("patchify", f"left a convolution: {refusal}", layer))
     finish(graph_module)
+    check_exportable(graph_module.graph)
     return result
 
 

@@ -20,9 +20,12 @@ from tests.command_line import ONE_SHOT, TINY, Run, compile_here, finish, start,
 
 SHORT = ("--rules", "int8", "--steps", "3", "--engine", "none")
 FILES = [
-    *("build_engine.sh", "graph.json", "manifest.json", "model.onnx", "report.json"),
-    "weights.safetensors",
+    *("build_engine.sh", "evidence.json", "graph.json", "manifest.json", "model.onnx"),
+    *("report.html", "report.json", "weights.safetensors"),
 ]
+
+FAILED = ["evidence.json", "manifest.json", "report.html", "report.json"]
+"""The files of a run that a gate or the verification failed."""
 
 
 def read(path: Path | str) -> Any:
@@ -288,7 +291,7 @@ class TestOptions:
         report = read("out/report.json")
         assert float(found[1]) == pytest.approx(100 * (1 - report["accuracy"]["onnx"]), abs=0.01)
         assert float(found[2]) == pytest.approx(100 * report["accuracy"]["onnx"], abs=0.01)
-        assert files_of("out") == ["manifest.json", "report.json"]
+        assert files_of("out") == FAILED
         assert report["status"] == "failed"
         assert report["error"]["code"] == "max-drop"
         assert json.loads(run.out) == report
@@ -305,7 +308,7 @@ class TestOptions:
         path = variant(here, WORSE)
         compiled(*ONE_SHOT, "-o", "out", "-q", model=path)
         compiled(*ONE_SHOT, "--max-drop", 5, "-o", "out", "-q", model=path, code=1)
-        assert files_of("out") == ["manifest.json", "report.json"]
+        assert files_of("out") == FAILED
 
     def test_strict_fails_on_what_was_asked_and_not_done(self, compiled: Any, here: Path) -> None:
         Path("rules.yaml").write_text(ODD_RULES)
@@ -317,7 +320,7 @@ class TestOptions:
         assert "odd" in run.error
         assert "multiple of 4, found 1" in run.error
         assert len(run.err.splitlines()) == 1
-        assert files_of("out") == ["manifest.json", "report.json"]
+        assert files_of("out") == FAILED
 
 
 # A convolution whose reduction axis has one channel, and rules that want it pruned.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -208,7 +209,7 @@ class TestLosses:
         folder = save_config(kind, tmp_path / "model", size={"height": 64, "width": 64})
         data = f"coco:{make_coco(tmp_path / 'data')}"
         source = load_source(f"hf:{folder}", data=data)
-        module = source.module
+        module: Any = source.module
         module.config.auxiliary_loss = False
         assert source.loss is not None
         pixels, labels = one_batch(source)
@@ -239,6 +240,15 @@ def outputs_only(module: nn.Module) -> torch.fx.GraphModule:
     graph = torch.fx.Graph()
     graph.output(graph.call_module("whole", (graph.placeholder("pixel_values"),)))
     return torch.fx.GraphModule(root, graph)
+
+
+def test_without_pycocotools_it_is_said_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
+    error = refused(make_coco(tmp_path))
+    assert error.code == "library-not-installed"
+    assert error.hint == "pip install 'gpusq-compile[models]'"
 
 
 def test_photos_of_one_kind_differ() -> None:

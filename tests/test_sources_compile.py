@@ -11,6 +11,8 @@ import onnx
 import pytest
 
 from gpusq_compile.cli import default_output
+from gpusq_compile.plan import Treatment
+from gpusq_compile.report.terminal import plan_table
 from tests.command_line import ONE_SHOT, Run, compile_here
 from tests.photos import make_coco, make_image_folder
 from tests.tiny_transformers import save_config, save_model
@@ -98,13 +100,16 @@ class TestTransformers:
         assert report["finetune"]["sparse"]["loss"][0]["hard"] > 0
         assert set(report["metrics"]["onnx"]) == {"pixel_accuracy"}
 
-    def test_a_submodule_of_a_detector_trains_by_the_detectors_own_loss(self, run: Compile) -> None:
+    @pytest.mark.parametrize("scope", [None, "model.encoder"])
+    def test_a_detector_and_a_part_of_it_train_by_its_own_loss(
+        self, scope: str | None, run: Compile
+    ) -> None:
         save_config("DetrForObjectDetection", Path("mine"), size={"height": 64, "width": 64})
         make_coco(Path("photos"))
-        args = ("--scope", "bbox_predictor", "--data", "coco:photos", "--steps", 2)
-        run("hf:mine", *BRIEF, *args, "-o", "out")
+        part = () if scope is None else ("--scope", scope)
+        run("hf:mine", *BRIEF, *part, "--data", "coco:photos", "--steps", 2, "-o", "out")
         report = report_of("out")
-        assert report["scope"] == "bbox_predictor"
+        assert report["scope"] == scope
         assert report["finetune"]["sparse"]["loss"][0]["hard"] > 0
         assert set(report["metrics"]["onnx"]) == {"recall_50"}
 
@@ -114,13 +119,6 @@ class TestTransformers:
         found = run("hf:mine", *ONE_SHOT, "--data", "imagefolder:photos", code=2)
         assert "error[data-for-another-task]" in found.error
         assert "a model for detection, which needs coco:DIR" in found.error
-
-    def test_noise_in_place_of_data_names_the_kind_that_fits(self, run: Compile) -> None:
-        save_config(
-            "SegformerForSemanticSegmentation", Path("mine"), size={"height": 64, "width": 64}
-        )
-        found = run("hf:mine", *ONE_SHOT, "-o", "out")
-        assert "--data coco:DIR gives real ones" in found.err
 
 
 class TestTorchvision:
@@ -156,16 +154,34 @@ class TestTorchvision:
 
 
 class TestPlan:
-    def test_numbered_layers_are_one_row_wherever_the_number_stands(self, run: Compile) -> None:
-        found = run("torchvision:vit_b_16", "--rules", "int8", "--dry-run")
-        folded = "".join(
-            line.strip("│").split("│")[0].strip()
-            for line in found.err.splitlines()
-            if line.startswith("│")
-        )
-        assert "encoder.layers.encoder_layer_*.self_attention.in_proj" in folded
-        assert "encoder_layer_0" not in folded
-        assert "heads.head" in folded
+    def test_layers_that_differ_in_a_number_are_one_row(self) -> None:
+        names = [
+            "conv_proj",
+            *(
+                f"layers.encoder_layer_{index}.mlp.{part}"
+                for index in (8, 9, 10)
+                for part in (0, 3)
+            ),
+            *(f"blocks.{index}.fc1" for index in (0, 1)),
+            "blocks.1.fc2",
+            "head",
+        ]
+        shapes = {"0": [64, 32], "3": [32, 64]}
+        asked = Treatment("2:4", "int8", "int8").as_dict()
+        layers = [
+            {"name": n, "shape": shapes.get(n[-1], [8, 8]), "requested": asked, "reasons": []}
+            for n in names
+        ]
+        table = plan_table({"layers": layers})
+        rows = list(zip(table.columns[0].cells, table.columns[1].cells, strict=True))
+        assert rows == [
+            ("conv_proj", "1"),
+            ("layers.encoder_layer_*.mlp.*", "3"),
+            ("layers.encoder_layer_*.mlp.*", "3"),
+            ("blocks.*.fc1", "2"),
+            ("blocks.1.fc2", "1"),
+            ("head", "1"),
+        ]
 
     def test_taps_say_which_stage_ends_there_and_at_what_size(self, run: Compile) -> None:
         save_config("SwinForImageClassification", Path("mine"))

@@ -106,8 +106,9 @@ class TestClasses:
 
     def test_numbers_are_outputs_and_not_sorted_as_text(self, tmp_path: Path) -> None:
         make_image_folder(tmp_path, {"2": 5, "10": 5})
-        source = given(tmp_path, Classes(12))
+        source = given(tmp_path, Classes(12, {0: ("cat",)}))
         assert set(labels_of(source.eval_data)) == {2, 10}
+        assert source.notes == []
 
     def test_unknown_names_are_counted_in_order_with_a_warning(self, tmp_path: Path) -> None:
         source = given(make_image_folder(tmp_path))

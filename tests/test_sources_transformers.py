@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.server
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,6 +121,16 @@ class TestWeights:
         assert refused(f"hf:{tmp_path}", weights="pretrained").code == "weights-missing"
 
 
+def test_without_transformers_it_is_said_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_config("ViTForImageClassification", tmp_path)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    error = refused(f"hf:{folder}")
+    assert error.code == "library-not-installed"
+    assert error.hint == "pip install 'gpusq-compile[models]'"
+
+
 class TestClass:
     @pytest.mark.parametrize(
         ("kind", "shapes"),
@@ -154,6 +165,11 @@ class TestClass:
     def test_names_of_tensors_are_the_librarys(self, tmp_path: Path) -> None:
         source = load_source(f"hf:{save_config('ViTForImageClassification', tmp_path)}")
         assert "vit.layernorm.weight" in source.module.state_dict()
+
+    def test_the_data_that_fits_is_known(self, tmp_path: Path) -> None:
+        size = {"height": 64, "width": 64}
+        folder = save_config("SegformerForSemanticSegmentation", tmp_path, size=size)
+        assert load_source(f"hf:{folder}").data_forms == "coco:DIR"
 
     def test_a_model_of_text_is_refused(self, tmp_path: Path) -> None:
         error = refused(f"hf:{save_config('BertModel', tmp_path)}")

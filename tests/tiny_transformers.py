@@ -33,7 +33,7 @@ SWIN: dict[str, Any] = {
     "image_size": 64,
     "patch_size": 4,
     "embed_dim": 32,
-    "depths": [2, 2],
+    "depths": [1, 1],
     "num_heads": [2, 4],
     "window_size": 4,
 }
@@ -79,9 +79,14 @@ def config_of(kind: str) -> Any:
             **{**VIT, "image_size": [32, 48]}, num_detection_tokens=5, num_labels=3
         ),
         "SegformerForSemanticSegmentation": lambda: t.SegformerConfig(
-            depths=[1, 1, 1, 1],
-            hidden_sizes=[16, 16, 32, 32],
-            num_attention_heads=[1, 1, 2, 2],
+            num_encoder_blocks=2,
+            depths=[1, 1],
+            sr_ratios=[2, 1],
+            hidden_sizes=[32, 64],
+            patch_sizes=[7, 3],
+            strides=[4, 2],
+            num_attention_heads=[1, 2],
+            mlp_ratios=[2, 2],
             decoder_hidden_size=32,
             num_labels=3,
         ),

@@ -164,7 +164,8 @@ def attention_to_four_axes(graph_module: torch.fx.GraphModule, node: torch.fx.No
         with graph.inserting_before(node):
             mask = given["attn_mask"]
             mask = widened(mask) if mask_axes == 3 else mask
-            fused = _attend(node, [widened(part) for part in parts], mask)
+            wide = {part: widened(part) for part in dict.fromkeys(parts)}
+            fused = _attend(node, [wide[part] for part in parts], mask)
             _replace(node, insert_call(graph, aten.squeeze.dim, (fused, 1), provenance=node))
         return True
     static = all(isinstance(size, int) for shape in shapes for size in shape[1:])

@@ -5,11 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from operator import attrgetter
+from pathlib import Path
 
 import torch
 import torch.fx
 
+from gpusq_compile.errors import Location, relative_to_cwd
+from gpusq_compile.user_code import is_users
+
 aten = torch.ops.aten
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 
 OPS: dict[object, str] = {
     aten.linear.default: "linear",
@@ -152,16 +158,29 @@ def module_class(node: torch.fx.Node) -> str:
 
 
 def source_line(node: torch.fx.Node) -> str | None:
-    """`file:line` of the user's code that made this node, None when it was not kept."""
-    trace = node.meta.get("stack_trace")
-    if not trace:
+    """`file:line` of the code that made this node, None when it was not kept."""
+    place = place_of(node)
+    return None if place is None else f"{place.file}:{place.line}"
+
+
+def place_in(stack_trace: str) -> Location | None:
+    """The line of a node's stack trace that a person can change.
+
+    The innermost line that is neither this package's nor an installed library's, and where there
+    is none (the model itself is a library's) the innermost that is not PyTorch's own.
+    """
+    frames = [(match["file"], int(match["line"])) for match in _FRAME.finditer(stack_trace)]
+    if not frames:
         return None
-    lines = [line.strip() for line in str(trace).splitlines() if line.strip().startswith("File ")]
-    if not lines:
-        return None
-    parts = lines[-1].split('"')
-    line = parts[2].split("line ")[1].split(",")[0].strip()
-    return f"{parts[1]}:{line}"
+    own = [frame for frame in frames if is_users(Path(frame[0]))]
+    library = [frame for frame in frames if "torch" not in Path(frame[0]).parts]
+    file, line = (own or library or frames)[-1]
+    return Location(relative_to_cwd(Path(file)), line)
+
+
+def place_of(node: torch.fx.Node) -> Location | None:
+    """Where a node was written, for an error."""
+    return place_in(str(node.meta.get("stack_trace") or ""))
 
 
 def source_frames(node: torch.fx.Node) -> list[tuple[str, int]]:

@@ -81,7 +81,11 @@ def as_grid(feature: torch.Tensor, image: tuple[int, int]) -> torch.Tensor | Non
     for prefix in range(min(MOST_PREFIX_TOKENS + 1, value.shape[0])):
         tokens = value.shape[0] - prefix
         height = round(math.sqrt(tokens * image[0] / image[1]))
-        if height > 1 and tokens % height == 0 and covers(height, tokens // height, image):
+        if height < 1 or tokens % height or not covers(height, tokens // height, image):
+            continue
+        # Nearly any number is some tokens and a square: patches then have to be whole.
+        whole = image[0] % height == image[1] % (tokens // height) == 0
+        if prefix == 0 or (whole and tokens > prefix):
             return value[prefix:].reshape(height, tokens // height, -1)
     return None
 

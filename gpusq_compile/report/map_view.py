@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +29,8 @@ from gpusq_compile.report.watch import Watch
 MOST_PLACES = 6
 MOST_PIXELS = 192
 """Pixels of the longer side of an image on the page."""
+LARGE = 1 << 16
+"""Elements from which on a tensor is kept in half for a backward pass."""
 TITLES = {"patch_embed": "patch embedding", "final_projection": "final norm"}
 
 
@@ -72,7 +76,7 @@ class MapObserver:
             return
         dense = self.seen[index] if index < len(self.seen) else None
         watch.places = self.nodes
-        with torch.set_grad_enabled(gives_logits(compilation)):
+        with torch.set_grad_enabled(gives_logits(compilation)), saved_in_half():
             outputs = compilation.network.run(watch, image.inputs)
             top, gradients = class_gradients(compilation, watch, outputs, dense)
         features = dict(watch.kept)
@@ -81,7 +85,7 @@ class MapObserver:
             self.wanted = False
             return
         size = (watch.image.shape[2], watch.image.shape[3])
-        maps = []
+        maps: list[Map | None] = []
         for place, node in enumerate(self.nodes):
             before = dense.maps[place] if dense else None
             if node not in features or (dense and before is None):
@@ -142,6 +146,26 @@ def gives_logits(compilation: Compilation) -> bool:
     if compilation.source.logits is not None:
         return True
     return compilation.network.scope is None and has_logits(compilation.reference, None)
+
+
+@contextmanager
+def saved_in_half() -> Iterator[None]:
+    """Keep what a backward pass needs as bfloat16: its eight bits are enough for a picture.
+
+    Otherwise the effective weights of a base-size model and one image's activations would be the
+    largest things in memory of the whole compilation.
+    """
+
+    def pack(value: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        large = value.dtype == torch.float32 and value.numel() >= LARGE
+        return (value.bfloat16() if large else value), large
+
+    def unpack(packed: tuple[torch.Tensor, bool]) -> torch.Tensor:
+        value, large = packed
+        return value.float() if large else value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
 
 
 def class_gradients(

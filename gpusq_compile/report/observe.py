@@ -245,7 +245,7 @@ def find_images(compilation: Compilation) -> tuple[str, list[Batch]]:
         if found or spare:
             kind = "noise" if source.synthetic and name != "eval_data" else name
             return kind, [*found, *spare][:IMAGES]
-    example = Batch(source.example_inputs).to(compilation.device)
+    example = Batch(source.example_inputs, None).to(compilation.device)
     return "example_inputs", [example.part(0, 1)]
 
 
@@ -289,8 +289,8 @@ def crops(graph_module: torch.fx.GraphModule) -> list[Crop]:
     kinds: dict[tuple[str, str], list[tuple[torch.fx.Node, LayerPlan]]] = {}
     for node, plan in planned(graph_module.graph):
         if plan.applied.sparsity is not None:
-            kind = (plan.applied.sparsity, plan.applied.weight or "float")
-            kinds.setdefault(kind, []).append((node, plan))
+            treated = (plan.applied.sparsity, plan.applied.weight or "float")
+            kinds.setdefault(treated, []).append((node, plan))
     found = []
     for (pattern, kind), layers in kinds.items():
         chosen = [layer for layer in layers if "mlp" in layer[1].roles] or layers

@@ -5,9 +5,8 @@ from __future__ import annotations
 import base64
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
-
-from markupsafe import Markup
 
 from gpusq_compile.report import svg
 from gpusq_compile.report.png import GRAY, INDEXED, RGB, as_address, png
@@ -102,7 +101,7 @@ def error_strip(
             for i, text in enumerate(
                 (
                     f"under {DB_LIMITS[0]:g} dB",
-                    *(f"{a:g} to {b:g}" for a, b in zip(DB_LIMITS, DB_LIMITS[1:], strict=False)),
+                    *(f"{a:g} to {b:g}" for a, b in pairwise(DB_LIMITS)),
                     f"{DB_LIMITS[-1]:g} and more",
                 )
             )
@@ -263,7 +262,7 @@ def heat(levels: bytes, width: int, height: int) -> str:
 
 def color(share: float) -> tuple[int, int, int, int]:
     stops = [*HEAT, (1.0, HOTTEST)]
-    for (low, one), (high, other) in zip(stops, stops[1:], strict=False):
+    for (low, one), (high, other) in pairwise(stops):
         if share <= high:
             part = (share - low) / (high - low)
             red, green, blue = (round(a + (b - a) * part) for a, b in zip(one, other, strict=True))

@@ -64,7 +64,7 @@ def types_of(applied: Mapping[str, str | None]) -> str:
 
 def engine_type(layer: Mapping[str, Any]) -> str | None:
     """The type in the engine, by target where they differ; None where it is not known."""
-    targets = layer["engine"]["targets"]
+    targets = layer.get("engine", {}).get("targets")
     if not targets:
         return None
     if len(set(targets.values())) == 1:
@@ -103,7 +103,7 @@ def layer_details(
             "asked for": [treatment(layer["requested"])],
             "applied": [treatment(layer["applied"])],
             "refused": list(layer["reasons"]),
-            "rules": list(layer["rules"]),
+            "rules": list(layer.get("rules", ())),
             "passes": remarks.get(layer["name"], []),
             "errors": errors(found),
             "engine": engine_facts(layer),
@@ -125,13 +125,16 @@ def errors(found: Mapping[str, Any]) -> list[str]:
         "activation_db": "input rounding",
         "output_db": "output against the dense layer's",
     }
-    return [f"{name} {found[key]:.1f} dB" for key, name in names.items() if found.get(key)]
+    return [
+        f"{name} {found[key]:.1f} dB" for key, name in names.items() if found.get(key) is not None
+    ]
 
 
 def engine_facts(layer: Mapping[str, Any]) -> list[str]:
-    facts = [f"{target}: {name}" for target, name in layer["engine"]["targets"].items()]
-    if layer["engine"].get("reason"):
-        facts.append(str(layer["engine"]["reason"]))
+    engine = layer.get("engine", {})
+    facts = [f"{target}: {name}" for target, name in engine.get("targets", {}).items()]
+    if engine.get("reason"):
+        facts.append(str(engine["reason"]))
     if chain := layer.get("sparse_kernel"):
         checked = {True: "yes", False: "no", None: "not checked"}[chain["mask_ok"]]
         facts.append(

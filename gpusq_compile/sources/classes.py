@@ -29,7 +29,7 @@ def match_classes(
     2. by number: folders called `0`, `1`, ..., or ids that the model has outputs for;
     3. in order.
 
-    Only the first is sure where the model knows names, so the others are warned of.
+    Where the model knows names and the data has others, the remark is a warning.
 
     Args:
         source: gets the remark.
@@ -60,7 +60,8 @@ def match_classes(
     if quiet:
         return outputs
     text = f"the {len(found)} classes of {what} are matched to {origin}'s {room} {how}"
-    if how != "by name" and classes.names:
+    # Folders are called by numbers on purpose; categories have ids whether or not they are meant.
+    if classes.names and (how == "in order" or (how == "by number" and numbered)):
         text += "; by their names none is the model's"
     elif how == "in order" and len(found) < room:
         text += ", to the first of them"

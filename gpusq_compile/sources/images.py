@@ -20,7 +20,7 @@ def open_image(path: Path, channels: int = 3) -> Any:
     Raises:
         InputError: the file is no image, or is damaged; PIL itself would not always name it.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(path) as file:
@@ -30,11 +30,10 @@ def open_image(path: Path, channels: int = 3) -> Any:
                 image = image.point(lambda value: value / 256).convert("L")
             return image.convert(MODES[channels])
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # PIL writes the path into some of its messages.
-        found = str(error).replace(f" '{path}'", " it").replace(f" {str(path)!r}", " it")
+        unknown = isinstance(error, UnidentifiedImageError)
         raise InputError(
             "image-unreadable",
-            f"{path}: {found}",
+            f"{path}: {'no image of a known kind' if unknown else error}",
             hint="the file is damaged or no image: replace it, or take it out of the data",
         ) from None
 

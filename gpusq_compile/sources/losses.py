@@ -71,6 +71,8 @@ def transformers_detection_loss(module: Any) -> LossFunction | None:
 
     try:
         from_outputs(*_probe(config.num_labels))
+    except ImportError:
+        pass  # Of a library for training alone, which the loss then names.
     except Exception:
         # Which arguments a model's loss takes is known to its forward() alone.
         return None

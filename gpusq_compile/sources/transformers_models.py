@@ -215,15 +215,17 @@ def _build(
         raise misfit(file, [f"{len(missing)} missing (first: {missing[0]})"])
     # A vision tower leaves the text part's tensors behind, and that is said already.
     unused = sorted(info["unexpected_keys"]) if not tower else []
-    kinds = (
-        ("weights-incomplete", missing, "are not among the weights and are random"),
-        ("weights-unused", unused, "of the weights are none of its own and are left out"),
-    )
-    for code, names, what in kinds:
-        if names:
-            text = f"{place.origin}: {len(names)} tensors {what} (first: {names[0]})"
-            notes.append((code, text))
+    if missing:
+        text = "are not among the weights and are random"
+        notes.append(("weights-incomplete", _counted(place, missing, text)))
+    if unused:
+        text = "of the weights are none of its own and are left out"
+        notes.append(("weights-unused", _counted(place, unused, text)))
     return module
+
+
+def _counted(place: Place, names: list[str], what: str) -> str:
+    return f"{place.origin}: {len(names)} tensors {what} (first: {names[0]})"
 
 
 def _not_built(place: Place, kind: Any, error: Exception) -> InputError:
