@@ -171,8 +171,12 @@ def taps(report: dict[str, Any]) -> list[str]:
     """The role of each tap: `stage_end` is there once for each stage."""
     marked = next((entry for entry in report["passes"] if entry["name"] == "mark"), None)
     remarks = marked["remarks"] if marked else []
-    start = "distill at "
-    return [r["reason"].removeprefix(start) for r in remarks if r["code"] == "tap-marked"]
+    said = [
+        remark["reason"].removeprefix("distill at ").partition(":")[0]
+        for remark in remarks
+        if remark["code"] == "tap-marked"
+    ]
+    return ["stage_end" if text.startswith("end of stage") else text for text in said]
 
 
 def engine(report: dict[str, Any]) -> dict[str, Any] | None:

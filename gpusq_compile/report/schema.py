@@ -230,6 +230,11 @@ class Numerics(Entry):
     max_difference: Measured = Field(description="In standard deviations of the outputs.")
     worst_output: Count
     disagreements: Count | None
+    median_lead: float | None = Field(
+        default=None,
+        description="What the best class leads the next one by in the graph's outputs, in standard "
+        "deviations, as a median over the samples.",
+    )
     top1_agreement: Measured
 
 
