@@ -49,6 +49,9 @@ from gpusq_compile.plan import planned
 from gpusq_compile.processes import joined
 from gpusq_compile.randomness import seed_everything
 from gpusq_compile.report.document import make_report, outcome
+from gpusq_compile.report.evidence import EVIDENCE, write_evidence
+from gpusq_compile.report.html import PAGE, write_page
+from gpusq_compile.report.observe import Observer
 from gpusq_compile.reproducer import internal_error
 from gpusq_compile.triton import FOLDER as TRITON
 from gpusq_compile.triton import repository_name, write_repository
@@ -117,7 +120,7 @@ def compile_model(
 
     Args:
         model: a module in which the trained weights are loaded (it is copied, and left as it is),
-            or what the command line takes: a model file, `timm:NAME`, `torchvision:NAME`.
+            or what the command line takes: a model file, `timm:NAME`, `torchvision:NAME`, `hf:DIR`.
         example_inputs: the tensors `forward` takes, batch first; required with a module.
         rules: a shipped name (`int8`), a YAML file, or the same document as a mapping.
         output: folder for the artifacts; nothing is written when None.
@@ -206,7 +209,9 @@ def compile_model(
                     dynamic_shapes=dynamic_shapes,
                 )
                 if isinstance(model, nn.Module)
-                else load_source(str(model), data=data, weights=weights)
+                else load_source(
+                    str(model), data=data, weights=weights, scope=scope or resolved.scope
+                )
             )
             check_source(source)
             network = Network(source.module, scope or resolved.scope)
@@ -220,6 +225,8 @@ def compile_model(
         compilation = Compilation(
             source, resolved, options, console, network, stage, processes=processes
         )
+        if output is not None and not dry_run and processes.first:
+            compilation.observer = Observer()
         if console.verbosity >= 0:
             console.info(f"compiling {source.origin}")
         if output is not None and finetune and not dry_run:
@@ -276,7 +283,7 @@ def _write(
     *,
     failed: bool,
 ) -> list[Path]:
-    """Write the report and publish the folder; of a failed run the report alone."""
+    """Write the report and publish the folder; of a failed run the report and its page alone."""
     if failed:
         for name in (MODEL_FILE, SCRIPT, WEIGHTS, GRAPH):
             (stage / name).unlink(missing_ok=True)
@@ -286,6 +293,10 @@ def _write(
         if "triton" in compilation.options.emit:
             write_triton(compilation, stage)
     write_json(stage / REPORT, report)
+    evidence = None
+    if compilation.observer is not None:
+        evidence = write_evidence(stage / EVIDENCE, compilation.observer.evidence)
+    write_page(stage / PAGE, report, evidence)
     about = {
         "tool": {"name": "gpusq-compile", "version": __version__},
         "versions": versions(),

@@ -69,7 +69,7 @@ EPILOG = (
 @click.option(
     "-o", "--output", type=click.Path(), help="Output folder, made if missing [default: out/MODEL]."
 )
-@click.option("--data", help="Data of a library model: imagefolder:DIR.")
+@click.option("--data", help="Data of a library model: imagefolder:DIR or coco:DIR.")
 @click.option("--weights", help="Weights of a library model: pretrained, or a safetensors file.")
 @click.option("--scope", help="Compile only this submodule, e.g. backbone.")
 @click.option("--dry-run", is_flag=True, help="Trace and match the rules; write nothing.")
@@ -120,8 +120,9 @@ EPILOG = (
 def command(**options: Any) -> None:
     """Compile MODEL to a 2:4-sparse, quantized, verified ONNX model and a TensorRT engine.
 
-    MODEL is a Python file that defines model() and example_inputs(), or timm:NAME, or
-    torchvision:NAME. Running a model file runs its code.
+    MODEL is a Python file that defines model() and example_inputs(), or timm:NAME,
+    torchvision:NAME, or hf: with a transformers folder, a config.json or a hub name. Running a
+    model file runs its code.
     """
     if options["list_passes"]:
         list_passes()
@@ -244,7 +245,14 @@ def print_report(report: dict[str, Any], form: str, stdout: TextIO) -> None:
 
 
 def default_output(model: str) -> Path:
-    stem = Path(model).stem if model.endswith(".py") else model.replace(":", "-").replace("/", "-")
+    library, _, name = model.partition(":")
+    if model.endswith(".py"):
+        stem = Path(model).stem
+    elif library == "hf" and Path(name).exists():
+        path = Path(name).resolve()
+        stem = f"hf-{path.parent.name if path.name == 'config.json' else path.stem}"
+    else:
+        stem = model.replace(":", "-").replace("/", "-")
     return Path("out") / stem
 
 

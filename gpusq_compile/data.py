@@ -55,7 +55,8 @@ def check_data(
         text = "metrics() is defined, but there is no eval_data() to measure on"
         source.notes.append(("unused-model-function", text))
     names = forward_names(source.module, source.example_inputs)
-    needed = [name for name in DATA_FUNCTIONS if name != "train_data" or finetune]
+    calibrates = source.calibration_data is None
+    needed = [name for name in DATA_FUNCTIONS if name != "train_data" or finetune or calibrates]
     for name in needed:
         factory = getattr(source, name)
         if factory is None:
@@ -66,7 +67,7 @@ def check_data(
             names,
             fixed=source.dynamic_shapes is None and not scoped,
             free=source.loss is not None or (source.metrics is not None and not train),
-            labels=train and train_labels,
+            labels=train and train_labels and finetune,
             inputs=not train or source.loss is None or source.calibration_data is None,
         )
         checked = _checked_factory(source, name, factory, form)
@@ -143,7 +144,7 @@ def how_to_give(source: ModelSource, name: str) -> str:
     if source.file is not None:
         return f"define {name}() in the model file"
     if ":" in source.origin:
-        return "give --data imagefolder:DIR"
+        return f"give --data {source.data_forms}"
     return f"give {name}="
 
 

@@ -65,6 +65,13 @@ DAMAGE = (LookupError, TypeError, AttributeError, ValueError)
     show_default=True,
     help="json prints the report, or the answer, as data; github annotations.",
 )
+@click.option(
+    "--open",
+    "opens",
+    is_flag=True,
+    help="Open the page of the run in a browser. It is made again where it is missing, or where "
+    "logs say more.",
+)
 @click.version_option(__version__, prog_name="gpusq-report")
 def command(folder: Path | None, logs: tuple[Path, ...], form: str, **options: Any) -> None:
     """Show the report of the run whose output folder is FOLDER, or ask it a question.
@@ -79,6 +86,14 @@ def command(folder: Path | None, logs: tuple[Path, ...], form: str, **options: A
         raise click.UsageError("Missing argument 'FOLDER'.")
     gates = Gates(options["max_drop"], options["strict"], options["require_sparse"])
     report = add_logs(read_report(folder), folder, logs)
+    if options["opens"]:
+        from gpusq_compile.report.open_page import open_page
+
+        try:
+            write_out(f"{open_page(report_file(folder).parent, report)}\n", sys.stdout)
+        except DAMAGE as error:
+            raise damaged(folder, error) from None
+        return
     try:
         text = answer(report, folder, form, options)
     except DAMAGE as error:

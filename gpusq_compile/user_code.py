@@ -54,7 +54,7 @@ def user_error(error: BaseException, path: Path | None, what: str, code: str) ->
     neither this package's nor an installed library's; no location when there is none.
     """
     frames = traceback.extract_tb(error.__traceback__)
-    outside = [frame for frame in frames if _is_users(Path(frame.filename))]
+    outside = [frame for frame in frames if is_users(Path(frame.filename))]
     own = [frame for frame in outside if path and _same_file(Path(frame.filename), path)]
     message = f"{what} raised {_error_text(error, outside)}"
     if not outside:
@@ -78,7 +78,8 @@ def _error_text(error: BaseException, frames: list[traceback.FrameSummary]) -> s
     return ": ".join([type(error).__name__, *(["\n".join(lines)] if lines else [])])
 
 
-def _is_users(file: Path) -> bool:
+def is_users(file: Path) -> bool:
+    """Whether a file is neither this package's, nor an installed library's, nor Python's own."""
     if file.name.startswith("<"):
         return False
     ours = Path(__file__).resolve().parent

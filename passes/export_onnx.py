@@ -25,10 +25,11 @@ def run(compilation: Compilation) -> PassResult:
     with torch.no_grad():
         try:
             program = lift(compilation.ir, compilation.convention, UndecomposedProgram)
-            compilation.onnx_model = to_onnx(program)
+            compilation.onnx_model = to_onnx(program, compilation.onnx_places)
         except CheckFailed as error:
             result.remarks.append(analysis("decomposed", f"not translated whole: {error.message}"))
-            compilation.onnx_model = to_onnx(lift(compilation.ir, compilation.convention))
+            program = lift(compilation.ir, compilation.convention)
+            compilation.onnx_model = to_onnx(program, compilation.onnx_places)
     nodes = len(compilation.onnx_model.graph.node)
     result.remarks.append(analysis("exported", f"{nodes} ONNX nodes, opset {OPSET}"))
     return result

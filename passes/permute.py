@@ -17,7 +17,7 @@ import torch.fx
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.graph.channels import NotTraced, Sizes, concrete_sizes, own_tensor
 from gpusq_compile.graph.producers import InputChannels, trace_back
-from gpusq_compile.graph.query import aten, input_dependent, tensor_attribute, weight_source
+from gpusq_compile.graph.query import aten, tensor_attribute, value_dependent, weight_source
 from gpusq_compile.graph.roles import residual_adds
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.permutation import Order, best_order
@@ -25,6 +25,10 @@ from gpusq_compile.plan import LayerPlan, planned
 from gpusq_compile.remarks import analysis, missed, passed
 from gpusq_compile.second_moments import LayerInputs
 from gpusq_compile.sparsity import PATTERNS
+
+LOOK = 6 * 10**8
+"""Parameters times samples that a look at mean squares is worth: of a large model fewer batches
+than the other passes see tell them well enough."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ def run(compilation: Compilation) -> PassResult:
         return result
     result.matched = len(asked)
     sizes = concrete_sizes(graph)
-    residuals = set(residual_adds(graph, input_dependent(graph)))
+    residuals = set(residual_adds(graph, value_dependent(graph)))
     generator = torch.Generator().manual_seed(compilation.options.seed)
     free = []
     for node, plan in asked:
@@ -121,7 +125,8 @@ def input_squares(
     ]
     if not looking:
         return {}
-    inputs = LayerInputs(compilation, "a permutation for masks that are chosen by inputs")
+    what = "a permutation for masks that are chosen by inputs"
+    inputs = LayerInputs(compilation, what, most=LOOK)
     return {node: inputs.mean_squares(node, plan.name) for node, plan in looking}
 
 

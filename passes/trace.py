@@ -23,6 +23,7 @@ from gpusq_compile.batch_inputs import moved
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.data import some_batches
 from gpusq_compile.errors import InputError
+from gpusq_compile.graph.functional import is_write, make_functional
 from gpusq_compile.graph.query import output_nodes, source_line
 from gpusq_compile.lowering.lift import convention_of
 from gpusq_compile.pass_base import Pass, PassResult
@@ -49,10 +50,10 @@ def run(compilation: Compilation) -> PassResult:
         raise user_error(error, source.file, "forward()", "forward-failed") from error
     compilation.probe = (args, kwargs)
     compilation.reference = check_outputs(outputs, again)
-    program = export(compilation, module, args, kwargs)
+    program, graph_module = functional(compilation, export(compilation, module, args, kwargs))
     check_program(program)
     compilation.convention = convention_of(program, outputs)
-    compilation.graph = unlift(program)
+    compilation.graph = graph_module
     compilation.parameter_shapes = {
         name: parameter.shape for name, parameter in module.named_parameters()
     }
@@ -60,6 +61,9 @@ def run(compilation: Compilation) -> PassResult:
     nodes = len(compilation.graph.graph.nodes)
     result = PassResult(matched=1, changed=1)
     result.remarks.append(analysis("traced", f"{nodes} nodes from {source.origin}"))
+    for code, text in source.facts:
+        compilation.console.info(text)
+        result.remarks.append(analysis(code, text))
     for code, text in source.notes:
         compilation.console.warn(text)
         result.remarks.append(missed(code, text))
@@ -145,12 +149,26 @@ def export(
         shapes = batch_dynamic(module, args, kwargs)
     try:
         with quiet_export():
-            program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
-        # Passes move nodes, which is legal only where no operator writes to its input. An empty
-        # table functionalizes and decomposes nothing; it costs a second trace.
-        return program.run_decompositions({}) if mutates(program) else program
+            return torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
     except Exception as error:
         raise _export_error(compilation, error) from error
+
+
+def functional(
+    compilation: Compilation, program: torch.export.ExportedProgram
+) -> tuple[torch.export.ExportedProgram, torch.fx.GraphModule]:
+    """The program, and its graph with no operator that writes to its input."""
+    graph_module = unlift(program)
+    if not any(is_write(node) for node in graph_module.graph.nodes):
+        return program, graph_module
+    if not make_functional(graph_module):
+        try:
+            # An empty table functionalizes and decomposes nothing; it costs a second trace.
+            program = program.run_decompositions({})
+        except Exception as error:
+            raise _export_error(compilation, error) from error
+        graph_module = unlift(program)
+    return program, graph_module
 
 
 def batch_dynamic(
@@ -194,14 +212,6 @@ def check_program(program: torch.export.ExportedProgram) -> None:
         )
 
 
-def mutates(program: torch.export.ExportedProgram) -> bool:
-    """Whether any operator of the program writes to its input (`relu_`, `zero_`, ...)."""
-    return any(
-        isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-        for node in program.graph.nodes
-    )
-
-
 @contextlib.contextmanager
 def quiet_export() -> Iterator[None]:
     """Without the whole graph that `torch.export` prints on stderr when it fails."""
@@ -242,12 +252,26 @@ def unlift(program: torch.export.ExportedProgram) -> torch.fx.GraphModule:
     """
     unlifted = program.module(check_guards=False)
     graph_module = torch.fx.GraphModule(unlifted, unlifted.graph)
+    drop_checks(graph_module)
     for node in graph_module.graph.nodes:
         node.meta.pop("from_node", None)
         line = source_line(node)
         if line:
             node.meta["source_line"] = line
     return graph_module
+
+
+def drop_checks(graph_module: torch.fx.GraphModule) -> None:
+    """Erase operators that return nothing (`_assert_tensor_metadata` of a cast, ...).
+
+    In a graph where no operator writes to its input they check what tracing has settled.
+    """
+    for node in reversed(list(graph_module.graph.nodes)):
+        returns = getattr(getattr(node.target, "_schema", None), "returns", None)
+        if node.op == "call_function" and returns is not None and not len(returns):
+            graph_module.graph.erase_node(node)
+    graph_module.graph.eliminate_dead_code()
+    graph_module.recompile()
 
 
 PASS = Pass(

@@ -7,6 +7,7 @@ helper that takes one is found without being listed here.
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -75,8 +76,8 @@ def scan(files: Iterable[Path] | None = None) -> tuple[list[Use], list[str]]:
             text = ast.unparse(call)
             for kind in sorted(KINDS.get(name, "input error") for name in names):
                 uses += [Use(code, kind, file, call.lineno, text) for code in found]
-        for note, line in _notes(tree):
-            uses.append(Use(note, "missed", file, line, note))
+        for note, kind, line in _notes(tree):
+            uses.append(Use(note, kind, file, line, note))
     return uses, unknown
 
 
@@ -164,21 +165,23 @@ def _aliased(called: ast.expr, function: Function | None) -> set[str]:
     return {name}
 
 
-def _notes(tree: ast.Module) -> Iterator[tuple[str, int]]:
-    """The codes of `notes`, pairs of a code and a text, which the trace makes remarks of."""
+def _notes(tree: ast.Module) -> Iterator[tuple[str, str, int]]:
+    """The codes of `notes` and `facts`, pairs of a code and a text, which the trace makes remarks
+    of, with their kind."""
     for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Attribute)
-            and node.func.attr == "append"
-            and "notes" in ast.unparse(node.func.value)
-            and isinstance(node.args[0], ast.Tuple)
-        ):
-            yield (_texts(node.args[0].elts[0]) or ("",))[0], node.lineno
-        elif isinstance(node, ast.keyword) and node.arg == "notes":
-            for pair in ast.walk(node.value):
-                if isinstance(pair, ast.Tuple) and pair.elts and (text := _texts(pair.elts[0])):
-                    yield text[0], pair.lineno
+        for name, kind in (("notes", "missed"), ("facts", "analysis")):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and node.func.attr == "append"
+                and name in ast.unparse(node.func.value)
+                and isinstance(node.args[0], ast.Tuple)
+            ):
+                yield (_texts(node.args[0].elts[0]) or ("",))[0], kind, node.lineno
+            elif isinstance(node, ast.keyword) and node.arg == name:
+                for pair in ast.walk(node.value):
+                    if isinstance(pair, ast.Tuple) and pair.elts and (text := _texts(pair.elts[0])):
+                        yield text[0], kind, pair.lineno
 
 
 def _name(node: ast.expr) -> str:
@@ -245,6 +248,6 @@ def _local(
             known = True
             found += codes
         # Pairs of a note are found where they are made.
-        if isinstance(node, ast.For) and "notes" in ast.unparse(node.iter):
+        if isinstance(node, ast.For) and re.search("notes|facts", ast.unparse(node.iter)):
             known = True
     return tuple(found) if known else None

@@ -376,12 +376,13 @@ def test_a_failed_verification_leaves_the_report_and_no_model_not_even_an_earlie
     assert error.code == "verify"
     assert "limit max_difference 1e-09" in error.message
     found = sorted(path.name for path in tmp_path.iterdir())
-    assert found == ["manifest.json", "mine.txt", "report.json"]
+    kept = ["evidence.json", "report.html", "report.json"]
+    assert found == sorted(["manifest.json", "mine.txt", *kept])
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["status"] == "failed"
     assert report["error"] == {"code": "verify", "message": error.message}
     assert report["verify"]["ok"] is False
-    assert list(json.loads((tmp_path / "manifest.json").read_text())["files"]) == ["report.json"]
+    assert list(json.loads((tmp_path / "manifest.json").read_text())["files"]) == kept
 
 
 def test_a_drop_beyond_the_gate_says_by_how_much_and_leaves_no_model(tmp_path: Path) -> None:

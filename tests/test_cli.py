@@ -20,9 +20,12 @@ from tests.command_line import ONE_SHOT, TINY, Run, compile_here, finish, start,
 
 SHORT = ("--rules", "int8", "--steps", "3", "--engine", "none")
 FILES = [
-    *("build_engine.sh", "graph.json", "manifest.json", "model.onnx", "report.json"),
-    "weights.safetensors",
+    *("build_engine.sh", "evidence.json", "graph.json", "manifest.json", "model.onnx"),
+    *("report.html", "report.json", "weights.safetensors"),
 ]
+
+FAILED = ["evidence.json", "manifest.json", "report.html", "report.json"]
+"""The files of a run that a gate or the verification failed."""
 
 
 def read(path: Path | str) -> Any:
@@ -258,7 +261,8 @@ class TestOptions:
         }
         assert rows["fc1"] == ["1", "64x32", "2:4 int8", "int8", "int8"]
         assert rows["head"] == ["1", "4x32", "-", "-", "-"]
-        assert "distilled at: patch_embed (patch_embed), norm (final_projection)" in run.err
+        assert "distilled at:\n  patch_embed: patch_embed: " in run.err
+        assert "\n  norm: final_projection: " in run.err
         assert "nothing was written" in run.err
         assert "top-1" not in run.err
 
@@ -287,7 +291,7 @@ class TestOptions:
         report = read("out/report.json")
         assert float(found[1]) == pytest.approx(100 * (1 - report["accuracy"]["onnx"]), abs=0.01)
         assert float(found[2]) == pytest.approx(100 * report["accuracy"]["onnx"], abs=0.01)
-        assert files_of("out") == ["manifest.json", "report.json"]
+        assert files_of("out") == FAILED
         assert report["status"] == "failed"
         assert report["error"]["code"] == "max-drop"
         assert json.loads(run.out) == report
@@ -304,7 +308,7 @@ class TestOptions:
         path = variant(here, WORSE)
         compiled(*ONE_SHOT, "-o", "out", "-q", model=path)
         compiled(*ONE_SHOT, "--max-drop", 5, "-o", "out", "-q", model=path, code=1)
-        assert files_of("out") == ["manifest.json", "report.json"]
+        assert files_of("out") == FAILED
 
     def test_strict_fails_on_what_was_asked_and_not_done(self, compiled: Any, here: Path) -> None:
         Path("rules.yaml").write_text(ODD_RULES)
@@ -316,7 +320,7 @@ class TestOptions:
         assert "odd" in run.error
         assert "multiple of 4, found 1" in run.error
         assert len(run.err.splitlines()) == 1
-        assert files_of("out") == ["manifest.json", "report.json"]
+        assert files_of("out") == FAILED
 
 
 # A convolution whose reduction axis has one channel, and rules that want it pruned.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.errors import CheckFailed, InputError
-from gpusq_compile.graph.query import input_dependent, module_calls
+from gpusq_compile.graph.query import module_calls, value_dependent
 from gpusq_compile.graph.roles import residual_adds
 from gpusq_compile.language.loader import load_rules
 from gpusq_compile.load_model import load_source
@@ -289,7 +289,7 @@ def test_where_the_teacher_has_no_counterpart_two_blocks_are_fitted_as_one(
     compilation = fork(before)
     dense = copy.deepcopy(before.dense_teacher)
     assert dense is not None
-    adds = residual_adds(dense.graph, input_dependent(dense.graph))
+    adds = residual_adds(dense.graph, value_dependent(dense.graph))
     adds[0].name = "something_else"
     run_until(replace(compilation, dense_teacher=dense), "reconstruct")
     blocks = compilation.finetune["reconstruct"]["blocks"]

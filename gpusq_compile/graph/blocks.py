@@ -15,7 +15,13 @@ import torch
 import torch.fx
 from torch import nn
 
-from gpusq_compile.graph.query import input_dependent, output_nodes, tensor_attribute, walk_inputs
+from gpusq_compile.graph.query import (
+    input_dependent,
+    output_nodes,
+    tensor_attribute,
+    value_dependent,
+    walk_inputs,
+)
 from gpusq_compile.graph.roles import residual_adds
 
 
@@ -47,6 +53,8 @@ def find_blocks(
     graph = graph_module.graph
     dependent = input_dependent(graph)
     cuts = cut_points(graph_module, usable)
+    if cuts and all(_behind_modules(node) is cuts[-1] for node in output_nodes(graph)):
+        cuts.pop()  # Behind it are inserted modules alone, and those belong to the block before.
     blocks = [
         _block(dependent, before, (cut,)) for before, cut in zip([None, *cuts], cuts, strict=False)
     ]
@@ -67,7 +75,7 @@ def cut_points(
     """
     active = activations(graph_module)
     candidates: set[torch.fx.Node] = set()
-    for add in residual_adds(graph_module.graph, input_dependent(graph_module.graph)):
+    for add in residual_adds(graph_module.graph, value_dependent(graph_module.graph)):
         candidates |= {add, _behind_modules(min(add.all_input_nodes))}
     cuts: list[torch.fx.Node] = []
     last: torch.fx.Node | None = None

@@ -93,9 +93,10 @@ def insert_call(
     args: tuple[Any, ...],
     *,
     provenance: torch.fx.Node,
+    kwargs: dict[str, Any] | None = None,
 ) -> torch.fx.Node:
     """Add a `call_function` node at the graph's insertion point, with its shape computed."""
-    node = graph.call_function(target, args)
+    node = graph.call_function(target, args, kwargs)
     copy_provenance(provenance, node)
     compute_val(graph, node)
     return node

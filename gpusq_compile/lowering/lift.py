@@ -24,6 +24,7 @@ from torch.export.graph_signature import (
 from torch.utils._pytree import tree_leaves
 
 from gpusq_compile.graph.query import tensor_attribute
+from gpusq_compile.lowering.decompose import decompose
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ def lift(
     """The program of a rewritten `graph_module`, called as the traced one was.
 
     Every tensor the graph reads becomes an input of the program: parameters as such, everything
-    else as a buffer. `kind` is the class of the program.
+    else as a buffer. Operators without a translation to ONNX are decomposed. `kind` is the class of
+    the program.
     """
     graph = torch.fx.Graph()
     values: dict[torch.fx.Node, Any] = {}
@@ -107,6 +109,7 @@ def lift(
     output = next(node for node in reversed(graph_module.graph.nodes) if node.op == "output")
     results = [values[leaf] for leaf in tree_leaves(output.args[0]) if leaf in values]
     graph.output(tuple(results))
+    decompose(graph)
     outputs = [
         OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(result.name), None) for result in results
     ]

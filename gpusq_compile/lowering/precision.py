@@ -20,7 +20,7 @@ def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
         disable_shape_infer=True,
         force_fp16_initializers=True,
         # The default list leaves operators in FP32 that TensorRT runs in FP16.
-        op_block_list=["Resize"],
+        op_block_list=[],
     )
     converted = ir.from_proto(half)
     common_passes.TopologicalSortPass()(converted)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import warnings
 from typing import Any, cast
 
@@ -15,10 +16,13 @@ import onnxscript.optimizer
 import torch
 from onnxscript import FLOAT, INT8, opset21
 
-from gpusq_compile.errors import CheckFailed
+from gpusq_compile.errors import CheckFailed, Location
+from gpusq_compile.graph.query import operator_name, place_in, place_of
 from gpusq_compile.quantization.operators import DEQUANTIZE, QUANTIZE
 
 OPSET = 21
+STACK_TRACE = "pkg.torch.onnx.stack_trace"
+"""Where the exporter leaves a node's stack trace."""
 
 
 def _quantize(value: FLOAT, scale: FLOAT) -> INT8:
@@ -43,8 +47,19 @@ TRANSLATIONS: dict[Any, Any] = {
 }
 
 
-def to_onnx(program: torch.export.ExportedProgram) -> onnx.ModelProto:
+WAY_OUT = (
+    "--scope PATH compiles a submodule without it; or write that line with operators that ONNX has"
+)
+_TRANSLATED = re.compile(r"translating node %(?P<name>\w+).*?target=(?P<target>[\w.]+)")
+
+
+def to_onnx(
+    program: torch.export.ExportedProgram, places: dict[str, Location] | None = None
+) -> onnx.ModelProto:
     """Translate the program; weights stay in the model, its first dimension stays dynamic.
+
+    Args:
+        places: filled with the place in the source that each ONNX node comes from, by its name.
 
     Raises:
         CheckFailed: the exporter has no translation for an operator.
@@ -60,10 +75,14 @@ def to_onnx(program: torch.export.ExportedProgram) -> onnx.ModelProto:
                 custom_translation_table=TRANSLATIONS,
             )
     except torch.onnx.errors.OnnxExporterError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise CheckFailed("onnx-export", " ".join(lines[-3:])) from error
+        raise _failure(program, error) from error
     assert exported is not None
     model = exported.model
+    if places is not None:
+        for node in model.graph:
+            place = place_in(node.metadata_props.get(STACK_TRACE, ""))
+            if node.name and place is not None:
+                places[node.name] = place
     # The whole optimizer of onnxscript takes longer than the translation; these passes leave
     # nothing that matters to it. Quantized weights are never folded back to float, and a weight's
     # Transpose is left for the surgery, which finds the weight by its name.
@@ -81,6 +100,26 @@ def to_onnx(program: torch.export.ExportedProgram) -> onnx.ModelProto:
     ):
         simplify(model)
     return ir.to_proto(model)
+
+
+def _failure(program: torch.export.ExportedProgram, error: Exception) -> CheckFailed:
+    """The exporter's failure in a line: the operator it has no translation for, and its place."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    found = _TRANSLATED.search(str(error))
+    if found is None:
+        lines = str(cause).strip().splitlines() or [type(cause).__name__]
+        text = f"PyTorch's ONNX exporter failed: {type(cause).__name__}: {lines[0]}"
+        return CheckFailed("onnx-export", text, hint=WAY_OUT)
+    name = found["target"].removeprefix("torch.ops.").removesuffix(".default").rpartition(".")[2]
+    nodes = [n for n in program.graph.nodes if n.op == "call_function"]
+    # A decomposed program's nodes are not the given one's: the operator's name tells them.
+    same = [n for n in nodes if n.name == found["name"]]
+    same += [n for n in nodes if operator_name(n).strip("_") in name or name in str(n.target)]
+    place = place_of(same[0]) if same else None
+    text = f"PyTorch's exporter has no ONNX form of the operator '{name}'"
+    return CheckFailed("onnx-export", text, location=place, hint=WAY_OUT)
 
 
 @contextlib.contextmanager

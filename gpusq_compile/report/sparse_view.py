@@ -32,10 +32,10 @@ def sparse_table(report: dict[str, Any]) -> Table | None:
 
 
 def _counts(chains: list[dict[str, Any]]) -> list[str]:
-    return [str(len(chains)), *(_count([_answer(c, step) for c in chains]) for step in STEPS)]
+    return [str(len(chains)), *(_count([answer(c, step) for c in chains]) for step in STEPS)]
 
 
-def _answer(chain: dict[str, Any], step: str) -> bool | None:
+def answer(chain: dict[str, Any], step: str) -> bool | None:
     """Whether a layer passed this step; None where nobody looked or nothing tells."""
     if "refused" in chain["causes"]:
         return False

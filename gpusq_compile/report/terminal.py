@@ -21,6 +21,9 @@ from gpusq_compile.report.log_view import log_lines
 from gpusq_compile.report.reasons import MOST_REASONS, UNKNOWN, reason_lines
 from gpusq_compile.report.sparse_view import legend_lines, sparse_lines, sparse_table
 
+NUMBER = re.compile(r"(?<=[._])\d+(?=[._]|$)|^\d+(?=[._]|$)")
+"""The number of a layer among its like: a part of the name (`blocks.3`, `encoder_layer_3`)."""
+
 
 def show_report(report: dict[str, Any], console: Console, files: Iterable[str] = ()) -> None:
     """Print every view of a report, in the order in which a person asks for it."""
@@ -140,13 +143,12 @@ def plan_table(report: dict[str, Any]) -> Table:
     table.add_column("n", justify="right")
     for column in ("shape", "weight", "activation", "output"):
         table.add_column(column, no_wrap=True)
-    rows: dict[tuple[str, ...], int] = {}
+    rows: dict[tuple[str, ...], list[str]] = {}
     for layer in report["layers"]:
-        name = re.sub(r"(?<![^.])\d+(?![^.])", "*", layer["name"])
-        row = (name, *plan_cells(layer))
-        rows[row] = rows.get(row, 0) + 1
-    for (name, *cells), count in rows.items():
-        table.add_row(escape(name), str(count), *cells)
+        row = (NUMBER.sub("*", layer["name"]), *plan_cells(layer))
+        rows.setdefault(row, []).append(layer["name"])
+    for (pattern, *cells), names in rows.items():
+        table.add_row(escape(pattern if len(names) > 1 else names[0]), str(len(names)), *cells)
     return table
 
 
@@ -162,13 +164,14 @@ def plan_cells(layer: dict[str, Any]) -> tuple[str, str, str, str]:
 
 
 def tap_lines(report: dict[str, Any]) -> list[str]:
+    """Where the fine-tune compares features: one line a tap, with its role and feature map."""
     taps = [
-        f"{remark['layer']} ({remark['reason'].removeprefix('distill at ')})"
+        f"  {remark['layer']}: {remark['reason'].removeprefix('distill at ')}"
         for entry in report["passes"]
         for remark in entry["remarks"]
         if remark["code"] == "tap-marked"
     ]
-    return [f"distilled at: {', '.join(taps)}"] if taps else []
+    return ["distilled at:", *taps] if taps else []
 
 
 def refusals(report: dict[str, Any]) -> list[str]:

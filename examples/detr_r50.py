@@ -1,0 +1,116 @@
+"""DETR with a ResNet-50 ("End-to-End Object Detection with Transformers", ECCV 2020).
+
+    gpusq-compile examples/detr_r50.py --rules int8 -o out/detr
+
+transformers builds it from its configuration, with random weights and without a download. To
+compile a trained one, replace the model in `Detector` by
+`DetrForObjectDetection.from_pretrained("facebook/detr-resnet-50")`, and the data by yours.
+`DETR=tiny` is a small one for trying things out; `IMAGE_SIZE` sets the side of the images.
+
+The transformer's linears are compressed. The backbone's convolutions stay dense FP16 under the
+shipped rules, which compress linears alone.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import box_convert
+from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
+from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss
+
+from photos import CLASSES, Target, best_overlap, normalized, relative_boxes, samples
+
+Batch = tuple[Tensor, list[Target]]
+
+TINY = os.environ.get("DETR", "r50") == "tiny"
+IMAGE_SIZE = int(os.environ.get("IMAGE_SIZE", "128" if TINY else "512"))
+BATCH_SIZE = 2
+
+
+def config() -> DetrConfig:
+    if not TINY:
+        return DetrConfig(num_labels=len(CLASSES))
+    backbone = ResNetConfig(
+        embedding_size=16,
+        hidden_sizes=[16, 32, 64, 128],
+        depths=[1, 1, 1, 1],
+        layer_type="basic",
+        out_features=["stage4"],
+    )
+    return DetrConfig(
+        use_timm_backbone=False,
+        backbone_config=backbone,
+        num_labels=len(CLASSES),
+        num_queries=12,
+        d_model=64,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=128,
+        decoder_ffn_dim=128,
+    )
+
+
+class Detector(nn.Module):
+    """Images [B, 3, H, W] -> `logits` [B, queries, classes + 1] and `boxes` [B, queries, 4].
+
+    Boxes are centre x, centre y, width and height in shares of the image; the last class is
+    "nothing".
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.detr = DetrForObjectDetection(config())
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        found = self.detr(images)
+        return {"logits": found.logits, "boxes": found.pred_boxes}
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return Detector().eval()
+
+
+def example_inputs() -> tuple[Tensor, ...]:
+    return (batches(1, seed=1)[0][0],)
+
+
+def batches(count: int, seed: int) -> list[Batch]:
+    """Batches of normalized images [2, 3, size, size] and what is on each."""
+    found = samples(count * BATCH_SIZE, IMAGE_SIZE, seed)
+    pairs = [found[start : start + BATCH_SIZE] for start in range(0, len(found), BATCH_SIZE)]
+    return [(normalized([image for image, _ in part]), [t for _, t in part]) for part in pairs]
+
+
+def train_data() -> list[Batch]:
+    return batches(8, seed=2)
+
+
+def eval_data() -> list[Batch]:
+    return batches(2, seed=3)
+
+
+def loss(model: nn.Module, batch: Batch) -> Tensor:
+    """DETR's loss: cross-entropy, L1 and GIoU after bipartite matching, of the last layer."""
+    images, targets = batch
+    found = model(images)
+    labels = [{"class_labels": t["labels"], "boxes": relative_boxes(t)} for t in targets]
+    total, _, _ = ForObjectDetectionLoss(
+        found["logits"], labels, images.device, found["boxes"], config()
+    )
+    return torch.as_tensor(total)
+
+
+def metrics(outputs: dict[str, Tensor], batch: Any) -> dict[str, float]:
+    """The mean IoU of the true boxes with the best of the boxes that were found."""
+    boxes = box_convert(outputs["boxes"], "cxcywh", "xyxy") * IMAGE_SIZE
+    targets = batch[1]
+    pairs = zip(boxes, targets, strict=True)
+    overlaps = [best_overlap(found, target) for found, target in pairs]
+    return {"overlap": sum(overlaps) / len(overlaps)}

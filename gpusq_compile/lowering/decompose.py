@@ -1,0 +1,120 @@
+"""Operators that the ONNX exporter cannot translate, in terms of those that it can.
+
+The exporter's own way is to decompose the whole program, which traces it several times more and
+takes longer than the translation. Here each such operator alone is decomposed, by the exporter's
+table (PyTorch, "Export IR", core ATen decompositions), in milliseconds.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
+from torch.onnx._internal.exporter import _decomp, _registration
+from torch.utils._pytree import tree_map_only
+
+from gpusq_compile.graph.edit import copy_provenance, fake_mode_of
+from gpusq_compile.quantization.operators import DEQUANTIZE, QUANTIZE
+
+OPSET = 21
+
+
+@cache
+def _translations() -> tuple[_registration.ONNXRegistry, dict[Any, Callable[..., Any]]]:
+    """The operators that the exporter translates whole, and its table of decompositions."""
+    registry = _registration.ONNXRegistry.from_torchlib(OPSET)
+    known = set(_decomp.get_onnx_implemented_overloads(registry))
+    return registry, _decomp.create_onnx_friendly_decomposition_table(known)
+
+
+def is_translated(target: object) -> bool:
+    """Whether an operator is translated as it is: by the exporter, or by a translation of ours."""
+    if not isinstance(target, torch._ops.OpOverload) or target in (QUANTIZE, DEQUANTIZE):
+        return True
+    return _translations()[0].is_registered(target)
+
+
+def untranslatable(graph: torch.fx.Graph) -> torch.fx.Node | None:
+    """The first node that neither has a translation nor decomposes into operators that have."""
+    seen: set[object] = set()
+    for node in graph.nodes:
+        if node.op != "call_function" or node.target in seen or is_translated(node.target):
+            continue
+        seen.add(node.target)
+        parts = decomposition(node)
+        if parts is not None and not all(is_translated(part.target) for part in parts.nodes):
+            found: torch.fx.Node = node
+            return found
+    return None
+
+
+def decomposition(node: torch.fx.Node) -> torch.fx.Graph | None:
+    """A node as a graph of its `all_input_nodes`; None where it cannot be traced."""
+    sources = node.all_input_nodes
+
+    def call(*values: Any) -> Any:
+        by_source = dict(zip(sources, values, strict=True))
+        args, kwargs = map_arg((node.args, node.kwargs), lambda source: by_source[source])
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+
+    try:
+        with fake_mode_of(node.graph):
+            # ONNX knows no strides: to keep them would take operators of their own.
+            values = [tree_map_only(torch.Tensor, _contiguous, s.meta["val"]) for s in sources]
+            traced = make_fx(
+                call, decomposition_table=_translations()[1], _allow_non_fake_inputs=True
+            )(*values)
+    except Exception:
+        return None  # Whatever it is, the exporter meets it too, and says so with the node's name.
+    graph: torch.fx.Graph = traced.graph
+    graph.eliminate_dead_code()
+    return None if any(part.op == "get_attr" for part in graph.nodes) else graph
+
+
+def _contiguous(value: torch.Tensor) -> torch.Tensor:
+    return value.contiguous()
+
+
+def decompose(graph: torch.fx.Graph) -> int:
+    """Decompose in place each node that the exporter cannot translate; returns how many."""
+    count = 0
+    for node in list(graph.nodes):
+        if node.op != "call_function" or is_translated(node.target):
+            continue
+        parts = decomposition(node)
+        if parts is not None:
+            _inline(node, parts)
+            count += 1
+    return count
+
+
+def _inline(node: torch.fx.Node, parts: torch.fx.Graph) -> None:
+    graph = node.graph
+    values: dict[torch.fx.Node, torch.fx.Node] = {}
+    sources = iter(node.all_input_nodes)
+    result: Any = None
+    with graph.inserting_before(node):
+        for part in parts.nodes:
+            if part.op == "placeholder":
+                values[part] = next(sources)
+            elif part.op == "output":
+                result = map_arg(part.args[0], lambda leaf: values[leaf])
+            else:
+                values[part] = graph.node_copy(part, lambda leaf: values[leaf])
+                copy_provenance(node, values[part])
+    if isinstance(result, torch.fx.Node):
+        node.replace_all_uses_with(result)
+    else:
+        for user in list(node.users):
+            # An operator with several results is read by `getitem` alone.
+            assert user.target is operator.getitem
+            user.replace_all_uses_with(result[user.args[1]])
+            graph.erase_node(user)
+    graph.erase_node(node)
