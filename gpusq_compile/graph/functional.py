@@ -1,4 +1,4 @@
-"""Operators that write to their input (`relu_`, `x[..., :2] += y`) -> operators that return a value.
+"""Operators that write to their input (`relu_`, `x[:, 0] += y`) -> operators that return a value.
 
 Passes move nodes, which is legal only where no operator writes. `torch.export` can rewrite a whole
 program so, by tracing it a second time, which takes longer than the first. Here each such operator
@@ -8,6 +8,7 @@ scatter into what it is a view of, and what comes after reads the new values.
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from typing import Any
 
@@ -87,7 +88,7 @@ def _replace(node: torch.fx.Node, sharing: Storages) -> bool:
         if value.meta["val"].dtype != node.meta["val"].dtype:
             return False  # What is written is cast to the type of what it is written to.
         fresh = [value]
-        for child, parent in zip(chain, chain[1:], strict=False):
+        for child, parent in itertools.pairwise(chain):
             value = _written_back(child, parent, value)
             fresh.append(value)
     for old, new in zip(chain, fresh, strict=True):

@@ -220,7 +220,9 @@ def _stage_ends(
     if not attentions:
         return []
     order = {node: index for index, node in enumerate(graph.nodes)}
-    first_attention = min(order[node] for node in attentions)
+    # Deformable attention weighs samples by a softmax without a product of queries and keys.
+    weighs = (node for node in graph.nodes if node in attentions or node.target in SOFTMAX)
+    first_attention = min(order[node] for node in weighs)
     adds = [node for node in residuals if order[node] > first_attention]
     ends = []
     for node, following in itertools.zip_longest(adds, adds[1:]):

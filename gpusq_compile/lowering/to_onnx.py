@@ -63,17 +63,7 @@ def to_onnx(program: torch.export.ExportedProgram) -> onnx.ModelProto:
                 custom_translation_table=TRANSLATIONS,
             )
     except torch.onnx.errors.OnnxExporterError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        node = _named(program, str(error))
-        place = None if node is None else innermost_place(source_frames(node))
-        raise CheckFailed(
-            "onnx-export",
-            " ".join(lines[-3:])
-            if node is None
-            else f"the ONNX exporter cannot translate this use of {node.target}: {lines[-1]}",
-            location=place,
-            hint="--scope PATH, or `scope:` in the rules, compiles a submodule without it",
-        ) from error
+        raise _export_failed(program, error) from error
     assert exported is not None
     model = exported.model
     # The whole optimizer of onnxscript takes longer than the translation; these passes leave
@@ -95,11 +85,23 @@ def to_onnx(program: torch.export.ExportedProgram) -> onnx.ModelProto:
     return ir.to_proto(model)
 
 
-def _named(program: torch.export.ExportedProgram, text: str) -> torch.fx.Node | None:
-    """The node of the program that an error of the exporter names."""
-    named = re.search(r"translating node %(\w+)", text)
+def _export_failed(program: torch.export.ExportedProgram, error: Exception) -> CheckFailed:
+    """The exporter's error in words, with the operator and its place where the error names one."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+    named = re.search(r"(?:translating node|While executing) %(\w+)", str(error))
     nodes = {node.name: node for node in program.graph.nodes}
-    return nodes.get(named.group(1)) if named else None
+    node = nodes.get(named.group(1)) if named else None
+    if node is None:
+        return CheckFailed("onnx-export", f"the ONNX exporter cannot translate the graph: {reason}")
+    return CheckFailed(
+        "onnx-export",
+        f"the ONNX exporter cannot translate this use of {node.target}: {reason}",
+        location=innermost_place(source_frames(node)),
+        hint="--scope PATH, or `scope:` in the rules, compiles a submodule without it",
+    )
 
 
 @contextlib.contextmanager
