@@ -65,7 +65,7 @@ def run_pass(compilation: Compilation, step: Pass) -> None:
     started = time.monotonic()
     # What a pass draws does not depend on what the passes before drew: a resumed run trains less.
     seed_everything(derived_seed(compilation.options.seed, step.name))
-    with console.busy(step.name):
+    with console.busy(step.name, said=True):
         result = step.run(compilation)
     seconds = time.monotonic() - started
     change = None

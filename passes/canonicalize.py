@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.fx
@@ -108,8 +109,9 @@ def takes_all(node: torch.fx.Node) -> bool:
     """Whether a slice is the whole: the `:` of `x[:, 0]`."""
     if node.target is not aten.slice.Tensor:
         return False
-    _, _, start, end, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
-    return start in (0, None) and end in (sys.maxsize, None) and step == 1
+    arguments: tuple[Any, ...] = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
+    _, _, start, end, step = arguments
+    return bool(start in (0, None) and end in (sys.maxsize, None) and step == 1)
 
 
 def copy_to_source(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
@@ -140,10 +142,11 @@ def select_from_stack(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -
     stack = node.args[0] if node.target is aten.select.int else None
     if not isinstance(stack, torch.fx.Node) or stack.target is not aten.stack.default:
         return False
-    parts, axis = stack.args[0], stack.args[1] if len(stack.args) > 1 else 0
-    rank = len(shape_of(stack) or ())
-    _, chosen, index = node.args
-    if not isinstance(index, int) or int(axis) % rank != int(chosen) % rank:  # type: ignore[call-overload]
+    axis: Any = stack.args[1] if len(stack.args) > 1 else 0
+    parts, rank = stack.args[0], len(shape_of(stack) or ())
+    chosen: Any = node.args[1]
+    index = node.args[2]
+    if not isinstance(index, int) or axis % rank != chosen % rank:
         return False
     assert isinstance(parts, (list, tuple))
     part = parts[index]

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.fx
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
 from gpusq_compile.graph.edit import insert_call
@@ -63,7 +62,7 @@ def _storages(node: torch.fx.Node) -> set[int]:
     """The memory that a node's value lies in, as it was traced."""
     leaves = tree_leaves(node.meta.get("val"))
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    return {StorageWeakRef(tensor.untyped_storage()).cdata for tensor in tensors}
+    return {tensor.untyped_storage()._cdata for tensor in tensors}
 
 
 def _replace(node: torch.fx.Node, sharing: Storages) -> bool:
@@ -121,6 +120,7 @@ def _written_back(
     graph = child.graph
     if child.target is aten.transpose.int:
         return insert_call(graph, child.target, (value, *child.args[1:]), provenance=child)
+    assert isinstance(child.target, torch._ops.OpOverload)
     scatter = SCATTERS[child.target]
     if scatter is None:
         return value
