@@ -50,7 +50,9 @@ TRANSLATIONS: dict[Any, Any] = {
 WAY_OUT = (
     "--scope PATH compiles a submodule without it; or write that line with operators that ONNX has"
 )
-_TRANSLATED = re.compile(r"translating node %(?P<name>\w+).*?target=(?P<target>[\w.]+)")
+_TRANSLATED = re.compile(
+    r"(?:translating node|While executing) %(?P<name>\w+).*?target=(?P<target>[\w.]+)"
+)
 
 
 def to_onnx(
