@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 
-.PHONY: help setup demo test lint format schema bench-compile-time bench-train-step bench-accuracy bench-engine-types bench-gpu-gemm clean
+.PHONY: help setup demo test lint format schema bench-compile-time bench-train-step bench-accuracy bench-engine-types bench-models bench-gpu-gemm clean
 .DEFAULT_GOAL := help
 
 help: ## Say what can be made
@@ -45,8 +45,10 @@ format: setup ## Format the code
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-schema: setup ## Write the generated files again: the JSON schema of the rules language
+schema: setup ## Write the generated files again: JSON schemas, docs/rules.md, docs/codes.md
 	$(BIN)/python -m gpusq_compile.language
+	$(BIN)/python -m gpusq_compile.report
+	$(BIN)/python -m gpusq_compile.codes
 
 bench-compile-time: setup ## Compile time and memory against nvidia-modelopt
 	$(BIN)/python benchmarks/compile_time.py
@@ -63,6 +65,9 @@ bench-accuracy: setup ## Accuracy against a dense control and nvidia-modelopt: a
 
 bench-engine-types: setup ## INT8 GEMMs and attentions in TensorRT-RTX engines of whole models: a quarter of an hour
 	$(BIN)/python benchmarks/engine_types.py
+
+bench-models: setup ## Compile every model family to INT8 and INT4: hours on 2 cores, keeps what it has
+	$(BIN)/python benchmarks/models.py
 
 bench-gpu-gemm: setup ## Dense and 2:4 GEMMs, FP16 and INT8, on an NVIDIA GPU
 	$(BIN)/python benchmarks/gpu_gemm.py

@@ -54,6 +54,7 @@ PACKAGES = (
 PEER_START = ("import", "model")
 OUR_START = "import gpusq_compile.cli, gpusq_compile.api, timm_model; timm_model.model()"
 MB = 1e6
+POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,25 @@ class Run:
         return self.wall_seconds - self.start_seconds
 
 
-def measure(command: list[str], environment: dict[str, str]) -> tuple[float, int, str]:
-    """Runs `command`; wall seconds, peak resident bytes and standard output.
+@dataclass(frozen=True)
+class Ended:
+    """A process that has ended: its `code`, wall seconds, and bytes of resident memory at most.
+
+    `own_peak_bytes` is of the process alone, `peak_bytes` the largest of it and its children.
+    """
+
+    code: int
+    seconds: float
+    peak_bytes: int
+    own_peak_bytes: int
+    stdout: str
+    stderr: str
+
+
+def run_process(
+    command: list[str], environment: dict[str, str], *, timeout: float | None = None
+) -> Ended:
+    """Run `command` to its end, or kill it after `timeout` seconds.
 
     This process must stay small: the kernel counts the memory of the parent at the fork, too.
     """
@@ -85,16 +103,51 @@ def measure(command: list[str], environment: dict[str, str]) -> tuple[float, int
         process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr
         )
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - start
+        own_peak, pid = 0, 0
+        try:
+            while not pid:
+                own_peak = max(own_peak, high_water_mark(process.pid))
+                pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+                seconds = time.perf_counter() - start
+                if not pid:
+                    if timeout is not None and seconds > timeout:
+                        process.kill()
+                    time.sleep(POLL_SECONDS)
+        except BaseException:
+            process.kill()
+            raise
         process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode != 0:
-            stderr.seek(0)
-            sys.exit(
-                f"{' '.join(command)}\nexit code {process.returncode}\n{stderr.read()[-4000:]}"
-            )
         stdout.seek(0)
-        return seconds, usage.ru_maxrss * 1024, stdout.read()
+        stderr.seek(0)
+        return Ended(
+            process.returncode,
+            seconds,
+            usage.ru_maxrss * 1024,
+            own_peak or usage.ru_maxrss * 1024,
+            stdout.read(),
+            stderr.read(),
+        )
+
+
+def high_water_mark(pid: int) -> int:
+    """Bytes of resident memory of a process at the highest so far; 0 where the system tells none.
+
+    What a process takes in its last moments may be missed.
+    """
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    found = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")]
+    return int(found[0]) * 1024 if found else 0
+
+
+def measure(command: list[str], environment: dict[str, str]) -> tuple[float, int, str]:
+    """Runs `command`, which must succeed; wall seconds, peak resident bytes, standard output."""
+    ended = run_process(command, environment)
+    if ended.code != 0:
+        sys.exit(f"{' '.join(command)}\nexit code {ended.code}\n{ended.stderr[-4000:]}")
+    return ended.seconds, ended.peak_bytes, ended.stdout
 
 
 def run_ours(environment: dict[str, str], rules: str, folder: Path) -> tuple[Run, dict[str, Any]]:

@@ -76,6 +76,8 @@ def evaluate(compilation: Compilation, stand_in: nn.Module) -> dict[str, float]:
     measured, top1 = sums.means(), sums.top1_share()
     if top1 is not None:
         measured.setdefault(TOP1, top1)
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
+    compilation.console.note(shown)
     return measured
 
 

@@ -48,8 +48,13 @@ from gpusq_compile.passes.verify_onnx import MODEL_FILE
 from gpusq_compile.plan import planned
 from gpusq_compile.processes import joined
 from gpusq_compile.randomness import seed_everything
-from gpusq_compile.report.document import make_report
+from gpusq_compile.report.document import make_report, outcome
+from gpusq_compile.report.evidence import EVIDENCE, write_evidence
+from gpusq_compile.report.html import PAGE, write_page
+from gpusq_compile.report.observe import Observer
 from gpusq_compile.reproducer import internal_error
+from gpusq_compile.triton import FOLDER as TRITON
+from gpusq_compile.triton import repository_name, write_repository
 from gpusq_compile.user_state import in_user_model, user_state_dict
 
 SCRIPT = "build_engine.sh"
@@ -103,6 +108,7 @@ def compile_model(
     device: str = "cpu",
     seed: int = 0,
     dump_after: Sequence[str] = (),
+    emit: Sequence[str] = (),
     gates: Gates | None = None,
     dry_run: bool = False,
     resume: bool = False,
@@ -114,7 +120,7 @@ def compile_model(
 
     Args:
         model: a module in which the trained weights are loaded (it is copied, and left as it is),
-            or what the command line takes: a model file, `timm:NAME`, `torchvision:NAME`.
+            or what the command line takes: a model file, `timm:NAME`, `torchvision:NAME`, `hf:DIR`.
         example_inputs: the tensors `forward` takes, batch first; required with a module.
         rules: a shipped name (`int8`), a YAML file, or the same document as a mapping.
         output: folder for the artifacts; nothing is written when None.
@@ -137,6 +143,7 @@ def compile_model(
         device: where calibration and fine-tune run, `cpu` or `cuda`.
         seed: seeds torch, numpy and random; equal seeds give equal results on CPU.
         dump_after: pass names, `changed` or `all`: graph texts go to `dumps/`.
+        emit: `["triton"]` also writes a model repository for Triton Inference Server.
         gates: what beside the verification must hold.
         dry_run: stop after the rules are matched; nothing is written.
         resume: go on from the checkpoint that an unfinished run left in `output`.
@@ -165,12 +172,15 @@ def compile_model(
         device=device,
         seed=seed,
         dump_after=tuple(dump_after),
+        emit=tuple(emit),
         dry_run=dry_run,
         resume=resume,
         checkpoint_every=checkpoint_every,
     )
     gates = gates or Gates()
     check_options(options, [step.name for step in PIPELINE])
+    if options.emit and output is None:
+        raise InputError("emit-without-output", f"emit={list(emit)} needs an output folder")
     passes = ordered(resolved.file.passes, resolved.passes_at)
     if dry_run:
         passes = ANALYSIS
@@ -199,7 +209,9 @@ def compile_model(
                     dynamic_shapes=dynamic_shapes,
                 )
                 if isinstance(model, nn.Module)
-                else load_source(str(model), data=data, weights=weights)
+                else load_source(
+                    str(model), data=data, weights=weights, scope=scope or resolved.scope
+                )
             )
             check_source(source)
             network = Network(source.module, scope or resolved.scope)
@@ -213,6 +225,8 @@ def compile_model(
         compilation = Compilation(
             source, resolved, options, console, network, stage, processes=processes
         )
+        if output is not None and not dry_run and processes.first:
+            compilation.observer = Observer()
         if console.verbosity >= 0:
             console.info(f"compiling {source.origin}")
         if output is not None and finetune and not dry_run:
@@ -221,15 +235,21 @@ def compile_model(
         try:
             with disk_full_named(output), exact_arithmetic():
                 run_passes(compilation, passes)
-            if processes.first:
-                check_gates(compilation, gates)
         except CheckFailed as failed:
             error = failed
         except (InputError, KeyboardInterrupt):
             raise
         except Exception as crash:
             raise internal_error(compilation, crash, output, command) from crash
-        report = make_report(compilation, error, stage / MODEL_FILE)
+        try:
+            report = make_report(compilation, error, stage / MODEL_FILE)
+            if error is None and processes.first:
+                check_gates(report, gates)
+        except CheckFailed as failed:
+            error = failed
+            report |= outcome(error)
+        except Exception as crash:
+            raise internal_error(compilation, crash, output, command) from crash
         files: list[Path] = []
         if output is not None and not dry_run and processes.first:
             with disk_full_named(output):
@@ -263,14 +283,20 @@ def _write(
     *,
     failed: bool,
 ) -> list[Path]:
-    """Write the report and publish the folder; of a failed run the report alone."""
+    """Write the report and publish the folder; of a failed run the report and its page alone."""
     if failed:
         for name in (MODEL_FILE, SCRIPT, WEIGHTS, GRAPH):
             (stage / name).unlink(missing_ok=True)
         shutil.rmtree(stage / "engine", ignore_errors=True)
     else:
         write_script(compilation, stage / SCRIPT)
+        if "triton" in compilation.options.emit:
+            write_triton(compilation, stage)
     write_json(stage / REPORT, report)
+    evidence = None
+    if compilation.observer is not None:
+        evidence = write_evidence(stage / EVIDENCE, compilation.observer.evidence)
+    write_page(stage / PAGE, report, evidence)
     about = {
         "tool": {"name": "gpusq-compile", "version": __version__},
         "versions": versions(),
@@ -302,6 +328,20 @@ def write_script(compilation: Compilation, path: Path) -> None:
     )
     path.write_text(text)
     path.chmod(0o755)
+
+
+def write_triton(compilation: Compilation, stage: Path) -> None:
+    """`triton/`, with the engine where TensorRT itself built one and there is no choice of it."""
+    assert compilation.onnx_model is not None
+    engine = compilation.engine
+    built = list(engine.targets.values()) if engine and engine.backend == "tensorrt" else []
+    write_repository(
+        compilation.onnx_model,
+        stage / MODEL_FILE,
+        stage / TRITON,
+        repository_name(compilation.source.origin),
+        stage / built[0].file if len(built) == 1 else None,
+    )
 
 
 def module_source(

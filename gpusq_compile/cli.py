@@ -30,8 +30,20 @@ from gpusq_compile.errors import (
     InputError,
     did_you_mean,
 )
+from gpusq_compile.gates import Gates
 from gpusq_compile.language.loader import load_rules
 from gpusq_compile.output import REPORT
+from gpusq_compile.questions import (
+    Questions,
+    answers_console,
+    explain_option,
+    gate_options,
+    question_options,
+    show_answers,
+)
+from gpusq_compile.report.annotations import error_annotations, report_annotations
+from gpusq_compile.report.remarks_view import parse_choice
+from gpusq_compile.report.terminal import show_plan, show_report
 
 EXIT_SIGNAL = 128
 """Exit code of a command that a signal ended, less the signal's number."""
@@ -57,7 +69,7 @@ EPILOG = (
 @click.option(
     "-o", "--output", type=click.Path(), help="Output folder, made if missing [default: out/MODEL]."
 )
-@click.option("--data", help="Data of a library model: imagefolder:DIR.")
+@click.option("--data", help="Data of a library model: imagefolder:DIR or coco:DIR.")
 @click.option("--weights", help="Weights of a library model: pretrained, or a safetensors file.")
 @click.option("--scope", help="Compile only this submodule, e.g. backbone.")
 @click.option("--dry-run", is_flag=True, help="Trace and match the rules; write nothing.")
@@ -71,8 +83,7 @@ EPILOG = (
     help="none, auto, tensorrt or tensorrt-rtx. auto builds with what is installed.",
 )
 @click.option("--target", help="GPU generations, e.g. sm80,sm89, in place of the rules'.")
-@click.option("--max-drop", type=float, help="Fail if top-1 falls by more points than this.")
-@click.option("--strict", is_flag=True, help="Fail if anything asked for was not done.")
+@gate_options
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Equal seeds give equal CPU results."
 )
@@ -83,15 +94,25 @@ EPILOG = (
 @click.option(
     "--checkpoint-every", type=int, help="Steps between checkpoints [default: by time, 5 min]."
 )
-@click.option("--dump-after", multiple=True, help="Pass name, changed or all: graph texts.")
+@click.option(
+    "--emit", multiple=True, metavar="triton", help="Also write a Triton model repository."
+)
+@question_options
+@click.option(
+    "--dump-after",
+    multiple=True,
+    metavar="PASS",
+    help="Write the graph's text after a pass, or after all; changed: what each pass changed.",
+)
+@explain_option
 @click.option("--list-passes", is_flag=True, help="Say what each pass requires and ensures.")
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["text", "json"]),
+    type=click.Choice(["text", "json", "github"]),
     default="text",
     show_default=True,
-    help="json also prints the report on stdout.",
+    help="json also prints the report on stdout, github errors and remarks as annotations.",
 )
 @click.option("-q", "--quiet", is_flag=True, help="Errors only.")
 @click.option("-v", "--verbose", is_flag=True, help="Every remark of every pass.")
@@ -99,8 +120,9 @@ EPILOG = (
 def command(**options: Any) -> None:
     """Compile MODEL to a 2:4-sparse, quantized, verified ONNX model and a TensorRT engine.
 
-    MODEL is a Python file that defines model() and example_inputs(), or timm:NAME, or
-    torchvision:NAME. Running a model file runs its code.
+    MODEL is a Python file that defines model() and example_inputs(), or timm:NAME,
+    torchvision:NAME, or hf: with a transformers folder, a config.json or a hub name. Running a
+    model file runs its code.
     """
     if options["list_passes"]:
         list_passes()
@@ -108,15 +130,26 @@ def command(**options: Any) -> None:
     if not options["model"] or not options["rules"]:
         missing = "MODEL" if not options["model"] else "--rules"
         raise click.UsageError(f"Missing {missing}. Example: gpusq-compile model.py --rules int8")
-    check_values(options)
     verbosity = -1 if options["quiet"] else int(options["verbose"])
     # Of the processes that accelerate or torchrun start, the first speaks for all.
     stdout: TextIO = sys.stdout
     if not is_first_process():
         verbosity, stdout = -1, io.StringIO()
     # What the user's own code prints must not mix with the report on stdout.
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr), annotated(options["form"], stdout):
+        check_values(options)
         compile_command(options, Console(verbosity), stdout)
+
+
+@contextlib.contextmanager
+def annotated(form: str, stdout: TextIO) -> Iterator[None]:
+    """Print an error as an annotation too, where annotations were asked for."""
+    try:
+        yield
+    except GpusqError as error:
+        if form == "github":
+            write_out("\n".join(error_annotations(error)) + "\n", stdout)
+        raise
 
 
 def is_first_process() -> bool:
@@ -130,6 +163,12 @@ def check_values(options: dict[str, Any]) -> None:
             raise InputError("empty-option", f"--{name} was given an empty value")
     if options["quiet"] and options["verbose"]:
         raise InputError("options-conflict", "--quiet and --verbose exclude each other")
+    if options["dry_run"] and options["dump_after"]:
+        raise InputError(
+            "options-conflict",
+            "--dump-after writes files, and --dry-run writes none",
+            hint="leave out --dry-run; --no-finetune --engine none is nearly as fast",
+        )
 
 
 def compile_command(options: dict[str, Any], console: Console, stdout: TextIO) -> None:
@@ -140,9 +179,15 @@ def compile_command(options: dict[str, Any], console: Console, stdout: TextIO) -
     # Bad rules should not wait for torch to be imported.
     with console.busy("importing torch"):
         from gpusq_compile.api import compile_model
-        from gpusq_compile.gates import Gates
-    from gpusq_compile.report.terminal import show_plan, show_report
+        from gpusq_compile.passes import PIPELINE
 
+    remarks = options["remarks"]
+    questions = Questions(
+        options["why"],
+        remarks and parse_choice(remarks, [step.name for step in PIPELINE]),
+        options["timing"],
+    )
+    gates = Gates(options["max_drop"], options["strict"], options["require_sparse"])
     output = Path(options["output"] or default_output(options["model"]))
     targets = [name.strip() for name in (options["target"] or "").split(",") if name.strip()]
     try:
@@ -161,7 +206,8 @@ def compile_command(options: dict[str, Any], console: Console, stdout: TextIO) -
             device=options["device"],
             seed=options["seed"],
             dump_after=options["dump_after"],
-            gates=Gates(options["max_drop"], options["strict"]),
+            emit=options["emit"],
+            gates=gates,
             dry_run=options["dry_run"],
             resume=options["resume"],
             checkpoint_every=options["checkpoint_every"],
@@ -172,22 +218,41 @@ def compile_command(options: dict[str, Any], console: Console, stdout: TextIO) -
         if not options["dry_run"] and is_first_process():
             report = json.loads((output / REPORT).read_text())
             show_report(report, console.rich, [str(output / REPORT)])
+            show_answers(report, questions, answers_console())
             print_report(report, options["form"], stdout)
         raise
-    if options["dry_run"]:
-        show_plan(result.report, console.rich)
-    else:
+    if not is_first_process():
+        return
+    if not options["dry_run"]:
         show_report(result.report, console.rich, [str(path) for path in result.files])
+    elif not questions:
+        show_plan(result.report, console.rich)
     print_report(result.report, options["form"], stdout)
+    try:
+        show_answers(result.report, questions, answers_console())
+    except InputError as error:
+        if options["dry_run"]:
+            raise
+        # The compile itself is done, and the question can be asked again.
+        console.warn(f"{error}\n  ask again: gpusq-report {output} --why LAYER")
 
 
 def print_report(report: dict[str, Any], form: str, stdout: TextIO) -> None:
     if form == "json":
         write_out(json.dumps(report, indent=2) + "\n", stdout)
+    elif form == "github":
+        write_out("\n".join(report_annotations(report)) + "\n", stdout)
 
 
 def default_output(model: str) -> Path:
-    stem = Path(model).stem if model.endswith(".py") else model.replace(":", "-").replace("/", "-")
+    library, _, name = model.partition(":")
+    if model.endswith(".py"):
+        stem = Path(model).stem
+    elif library == "hf" and Path(name).exists():
+        path = Path(name).resolve()
+        stem = f"hf-{path.parent.name if path.name == 'config.json' else path.stem}"
+    else:
+        stem = model.replace(":", "-").replace("/", "-")
     return Path("out") / stem
 
 
@@ -206,7 +271,7 @@ def main() -> None:
     """Console entry point: errors become a message and an exit code, never a traceback."""
     try:
         with ended_by_signals():
-            command(standalone_mode=False)
+            command(prog_name="gpusq-compile", standalone_mode=False)
     except click.exceptions.NoSuchOption as error:
         valid = [name for parameter in command.params for name in parameter.opts]
         hint = did_you_mean(error.option_name, [name for name in valid if name.startswith("--")])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 from gpusq_compile.console import Console
 from gpusq_compile.engine import EngineReport
+from gpusq_compile.errors import Location
 from gpusq_compile.finetune.checkpoint import Checkpoints
 from gpusq_compile.language.loader import Rules
 from gpusq_compile.lowering.check import StoredLayer
@@ -24,6 +26,9 @@ from gpusq_compile.options import Options
 from gpusq_compile.packed_file import PackedBytes
 from gpusq_compile.processes import Processes
 from gpusq_compile.remarks import Remark
+
+if TYPE_CHECKING:
+    from gpusq_compile.report.observe import Observer
 
 
 @dataclass
@@ -52,8 +57,12 @@ class Compilation:
     `sparse_teacher` the frozen sparse one from quantization on, as long as a later pass learns
     from them. `probe` are the (args, kwargs) that every numerical check runs on,
     and `reference` the outputs before the current pass. `expected` are the fake-quantized graph's
-    outputs, which the final file must reproduce. `facts` are what passes so far ensure.
+    outputs, which the final file must reproduce, and `onnx_places` the lines that the ONNX file's
+    nodes come from, by name. `facts` are what passes so far ensure.
     `accuracy` is top-1, in [0, 1], and `metrics` what the user's `metrics` gave, by stage.
+    `observer` looks at the models for the page, None where there will be none.
+    `started` is when it began, by the monotonic clock, `running` the pass that runs and `last_good`
+    the text of what the last verified pass left, for whoever looks into a crash.
     """
 
     source: ModelSource
@@ -77,6 +86,7 @@ class Compilation:
     tap_weights: list[float] | None = None
     expected: list[Expected] = field(default_factory=list)
     onnx_model: onnx.ModelProto | None = None
+    onnx_places: dict[str, Location] = field(default_factory=dict)
     stored: dict[str, StoredLayer] = field(default_factory=dict)
     finetune: dict[str, Any] = field(default_factory=dict)
     accuracy: dict[str, float | None] = field(default_factory=dict)
@@ -84,6 +94,10 @@ class Compilation:
     verify: dict[str, Any] = field(default_factory=dict)
     packed: PackedBytes | None = None
     engine: EngineReport | None = None
+    observer: Observer | None = None
+    started: float = field(default_factory=time.monotonic)
+    running: str = "loading"
+    last_good: str = ""
 
     @property
     def device(self) -> torch.device:

@@ -16,12 +16,14 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.status import Status
 from rich.text import Text
 
 Advance = Callable[..., None]
@@ -46,6 +48,19 @@ def print_sentence(console: rich.console.Console, markup: str) -> None:
     console.print(markup, soft_wrap=not console.is_terminal)
 
 
+class _Rate(ProgressColumn):
+    """Steps a second, or seconds a step where one takes longer."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if not speed else rate(speed), style="progress.data.speed")
+
+
+def rate(speed: float) -> str:
+    """`12.3/s`, or `4.1 s each` for what takes longer than a second."""
+    return f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each"
+
+
 class _Bar(Progress):
     """A bar with its `text` field on a line below: beside the bar both would not fit 80 columns."""
 
@@ -67,7 +82,9 @@ class Console:
         self.verbosity = verbosity
         # This very stream: what a library prints on stderr may be redirected for a while.
         self.rich = rich.console.Console(file=sys.stderr, quiet=verbosity < 0, highlight=False)
-        self._spinner: Status | None = None
+        self._spinner: Progress | None = None
+        self._bars: _Bar | None = None
+        self._note = ""
 
     def info(self, text: str) -> None:
         print_sentence(self.rich, escape(text))
@@ -79,70 +96,111 @@ class Console:
         if self.verbosity > 0:
             self.info(text)
 
-    @contextmanager
-    def busy(self, label: str) -> Iterator[None]:
-        """A spinner on a terminal while something runs that cannot say how far it is.
+    def note(self, text: str) -> None:
+        """What was measured on the way: shown beside the steps of the `progress` around it."""
+        self._note = text
 
-        `progress` within takes its place; within another `busy` nothing is added.
+    @contextmanager
+    def busy(self, label: str, *, said: bool = False) -> Iterator[None]:
+        """A spinner with the time so far, while something runs that cannot say how far it is.
+
+        `progress` within takes its place; within another `busy` nothing is added. Where stderr is
+        no terminal, what is to be `said` gets a line at its end if it took longer than
+        `PLAIN_INTERVAL_S`.
         """
-        if self.rich.quiet or not self.rich.is_terminal or self._spinner is not None:
+        if self.rich.quiet or self._spinner is not None:
             yield
             return
-        self._spinner = self.rich.status(escape(label))
+        started = time.monotonic()
+        if not self.rich.is_terminal:
+            yield
+            if said and (seconds := time.monotonic() - started) > PLAIN_INTERVAL_S:
+                self.info(f"{label}: {seconds:.0f} s")
+            return
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        self._spinner = Progress(*columns, console=self.rich, transient=True)
         try:
             with self._spinner:
+                self._spinner.add_task(escape(label), total=None)
                 yield
         finally:
             self._spinner = None
 
     @contextmanager
     def progress(self, label: str, total: int | None) -> Iterator[Advance]:
-        """A bar with rate and time left, or a plain line every ten seconds."""
+        """A bar with rate and time left, or a plain line every ten seconds.
+
+        One within another gets a bar of its own below it.
+        """
         if self.rich.quiet:
             yield lambda text="", to=None: None
-        elif self.rich.is_terminal:
-            yield from self._bar(label, total)
-        else:
+        elif not self.rich.is_terminal:
             yield from self._lines(label, total)
+        elif self._bars is not None:
+            inner = self._add(self._bars, label, total)
+            try:
+                yield self._advance(self._bars, inner, noted=False)
+            finally:
+                self._bars.remove_task(inner)
+        else:
+            yield from self._bar(label, total)
 
     def _bar(self, label: str, total: int | None) -> Iterator[Advance]:
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
+            _Rate(),
             TimeElapsedColumn(),
-            TextColumn("left"),
+            TextColumn("{task.fields[left]}"),
             TimeRemainingColumn(),
         )
         # Only one live display may be active at once.
         if self._spinner is not None:
             self._spinner.stop()
+        self._note = ""
         try:
-            with _Bar(*columns, console=self.rich, transient=True) as bars:
-                task = bars.add_task(label, total=total, text="")
-
-                def advance(text: str = "", to: float | None = None) -> None:
-                    step = {"advance": 1.0} if to is None else {"completed": to}
-                    bars.update(task, text=text, **step)  # type: ignore[arg-type]
-
-                yield advance
+            with _Bar(*columns, console=self.rich, transient=True) as self._bars:
+                yield self._advance(self._bars, self._add(self._bars, label, total))
         finally:
+            self._bars = None
             if self._spinner is not None:
                 self._spinner.start()
 
+    def _add(self, bars: Progress, label: str, total: int | None) -> TaskID:
+        return bars.add_task(escape(label), total=total, text="", left="left" if total else "")
+
+    def _advance(self, bars: Progress, task: TaskID, *, noted: bool = True) -> Advance:
+        def advance(text: str = "", to: float | None = None) -> None:
+            step = {"advance": 1.0} if to is None else {"completed": to}
+            shown = self._with_note(text) if noted else text
+            bars.update(task, text=shown, **step)  # type: ignore[arg-type]
+
+        return advance
+
+    def _with_note(self, text: str) -> str:
+        return "; ".join(filter(None, (text, self._note)))
+
     def _lines(self, label: str, total: int | None) -> Iterator[Advance]:
         started = shown = time.monotonic()
-        done = 0.0
+        done = first = 0.0
+        self._note = ""
 
         def advance(text: str = "", to: float | None = None) -> None:
-            nonlocal shown, done
+            nonlocal shown, done, first
+            # What was done before, by a run that is resumed, says nothing of the rate.
+            first = to if to is not None and done == 0 else first
             done = done + 1 if to is None else to
             now = time.monotonic()
             if now - shown < PLAIN_INTERVAL_S:
                 return
             shown = now
-            left = f", {(now - started) * (total / done - 1):.0f} s left" if total and done else ""
-            self.info(f"{label}: {done:.0f}/{total or '?'}{left} {text}")
+            speed = (done - first) / (now - started)
+            facts = [f"{done:.0f}/{total or '?'}"]
+            if speed:
+                facts.append(rate(speed))
+                facts += [f"{(total - done) / speed:.0f} s left"] if total else []
+            self.info(f"{label}: {', '.join(facts)} {self._with_note(text)}".rstrip())
 
         yield advance

@@ -144,7 +144,7 @@ def how_to_give(source: ModelSource, name: str) -> str:
     if source.file is not None:
         return f"define {name}() in the model file"
     if ":" in source.origin:
-        return "give --data imagefolder:DIR"
+        return f"give --data {source.data_forms}"
     return f"give {name}="
 
 

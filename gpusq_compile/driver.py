@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import time
+import weakref
 from collections.abc import Sequence
 
 import onnx
@@ -11,13 +13,13 @@ import torch
 from gpusq_compile.accuracy import measure
 from gpusq_compile.compilation import Compilation, PassRecord
 from gpusq_compile.errors import InternalError
+from gpusq_compile.graph.query import tensor_attribute
 from gpusq_compile.graph.text import graph_text
 from gpusq_compile.lowering.runtime import open_session, run_session, tensor_leaves
 from gpusq_compile.lowering.text import onnx_text
 from gpusq_compile.numerics import largest_difference
 from gpusq_compile.pass_base import Pass
 from gpusq_compile.randomness import derived_seed, seed_everything
-from gpusq_compile.remarks import Kind
 from gpusq_compile.verifier import verify_ir
 
 MEASURED_BEFORE = {"sparsify": "dense", "fold": "quantized"}
@@ -38,6 +40,7 @@ def run_passes(compilation: Compilation, passes: Sequence[Pass]) -> None:
         Exception: what a pass itself raises.
     """
     for step in passes:
+        compilation.running = step.name
         missing = [fact for fact in step.requires if fact not in compilation.facts]
         if missing:
             raise InternalError(
@@ -45,28 +48,31 @@ def run_passes(compilation: Compilation, passes: Sequence[Pass]) -> None:
             )
         if step.name in MEASURED_BEFORE:
             measure(compilation, MEASURED_BEFORE[step.name], compilation.ir)
+        if compilation.observer is not None:
+            compilation.observer.before(compilation, step.name)
         run_pass(compilation, step)
         if step.name in MEASURED_AFTER:
             measure(compilation, MEASURED_AFTER[step.name], compilation.ir)
         compilation.facts -= set(step.removes)
         compilation.facts |= set(step.ensures)
+    compilation.running = "report"
 
 
 def run_pass(compilation: Compilation, step: Pass) -> None:
     console = compilation.console
     before = text_before(compilation, step)
+    state = None if compilation.graph is None else State(compilation.graph)
     started = time.monotonic()
     # What a pass draws does not depend on what the passes before drew: a resumed run trains less.
     seed_everything(derived_seed(compilation.options.seed, step.name))
-    with console.busy(step.name):
+    with console.busy(step.name, said=True):
         result = step.run(compilation)
     seconds = time.monotonic() - started
     change = None
     if compilation.graph is not None and "onnx" not in compilation.facts | set(step.ensures):
         verify_ir(compilation.graph, step.name)
-        change = 0.0
-        if result.changed:
-            change = numerical_change(compilation)
+        same = state is not None and state.holds(compilation.graph)
+        change = 0.0 if same else numerical_change(compilation)
         if step.preserves is not None and not change <= step.preserves:
             raise InternalError(
                 "not-preserved",
@@ -86,6 +92,48 @@ def run_pass(compilation: Compilation, step: Pass) -> None:
     for remark in result.remarks:
         console.detail(f"  {remark.kind}: {remark.layer or '-'}: {remark.reason}")
     dump(compilation, step, before)
+    if compilation.graph is not None and (result.changed or not compilation.last_good):
+        compilation.last_good = ir_text(compilation)
+
+
+class State:
+    """What a graph computes, without its values: nodes, and which tensors at which version.
+
+    Where it still holds after a pass, nothing was rewritten, and a run could only show the same.
+    """
+
+    def __init__(self, graph_module: torch.fx.GraphModule) -> None:
+        self.nodes = [(node, *_form(node)) for node in graph_module.graph.nodes]
+        # A pass that replaces a tensor should be able to free it.
+        self.tensors = [
+            (name, weakref.ref(tensor), tensor._version)
+            for name, tensor in _tensors(graph_module).items()
+        ]
+
+    def holds(self, graph_module: torch.fx.GraphModule) -> bool:
+        now = _tensors(graph_module)
+        return (
+            self.nodes == [(node, *_form(node)) for node in graph_module.graph.nodes]
+            and [name for name, _, _ in self.tensors] == list(now)
+            and all(
+                old() is now[name] and now[name]._version == version
+                for name, old, version in self.tensors
+            )
+        )
+
+
+def _form(node: torch.fx.Node) -> tuple[object, ...]:
+    return node.op, node.target, node.args, node.kwargs
+
+
+def _tensors(graph_module: torch.fx.GraphModule) -> dict[str, torch.Tensor]:
+    """All tensors that the graph reads: parameters, buffers, and plain attributes."""
+    found = {
+        str(node.target): tensor_attribute(graph_module, str(node.target))
+        for node in graph_module.graph.nodes
+        if node.op == "get_attr"
+    }
+    return found | dict(graph_module.named_parameters()) | dict(graph_module.named_buffers())
 
 
 def numerical_change(compilation: Compilation) -> float:
@@ -134,30 +182,42 @@ def ir_text(compilation: Compilation) -> str:
 
 
 def text_before(compilation: Compilation, step: Pass) -> str | None:
+    """The text to compare with after the pass; None where nobody asked, or there is none yet.
+
+    The export is compared with nothing: the model it makes has no line in common with the graph.
+    """
     wanted = compilation.options.dump_after
-    if "changed" not in wanted or compilation.graph is None:
+    if "changed" not in wanted or compilation.graph is None or "onnx" in step.ensures:
         return None
     return ir_text(compilation)
 
 
 def dump(compilation: Compilation, step: Pass, before: str | None) -> None:
-    """Write the graph's text after the pass, where `dump_after` names it."""
+    """Write the graph's text after the pass where `dump_after` names it, and of `changed` what
+    differs from the text before."""
     wanted = compilation.options.dump_after
     if compilation.graph is None or not wanted:
         return
     text = ir_text(compilation)
-    if step.name in wanted or "all" in wanted or ("changed" in wanted and text != before):
-        folder = compilation.workdir / "dumps"
-        folder.mkdir(exist_ok=True)
-        index = len(compilation.records)
-        (folder / f"{index:02d}-{step.name}.txt").write_text(text)
+    whole = step.name in wanted or "all" in wanted
+    if not whole and ("changed" not in wanted or text == before):
+        return
+    folder = compilation.workdir / "dumps"
+    folder.mkdir(exist_ok=True)
+    name = f"{len(compilation.records):02d}-{step.name}"
+    if whole or before is None:
+        (folder / f"{name}.txt").write_text(text)
+    if "changed" in wanted and before is not None and text != before:
+        (folder / f"{name}.diff").write_text(difference(before, text, step.name))
 
 
-def missed_remarks(compilation: Compilation) -> list[str]:
-    """Every remark of something asked for and not done, as one line each."""
-    return [
-        f"{record.name}: {remark.layer or '-'}: {remark.reason}"
-        for record in compilation.records
-        for remark in record.remarks
-        if remark.kind is Kind.MISSED
-    ]
+def difference(before: str, after: str, step: str) -> str:
+    """The lines that a pass changed, as a unified diff."""
+    lines = difflib.unified_diff(
+        before.splitlines(keepends=True),
+        after.splitlines(keepends=True),
+        f"before {step}",
+        f"after {step}",
+        n=1,
+    )
+    return "".join(lines)

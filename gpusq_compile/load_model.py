@@ -13,31 +13,35 @@ from typing import Any
 from torch import nn
 
 from gpusq_compile.errors import InputError, Location, did_you_mean, nearest, relative_to_cwd
-from gpusq_compile.library_models import load_library_model
 from gpusq_compile.model_source import ARGUMENTS, DATA_FUNCTIONS, DataFactory, ModelSource
+from gpusq_compile.sources.library import load_library_model
 from gpusq_compile.user_code import call_user, defined_at, described, user_error
 
 REQUIRED = ("model", "example_inputs")
 OPTIONAL = (*DATA_FUNCTIONS, *ARGUMENTS, "dynamic_shapes")
-LIBRARIES = ("timm", "torchvision")
-MODEL_FORMS = "MODEL is a Python file, timm:NAME or torchvision:NAME"
+LIBRARIES = ("timm", "torchvision", "hf")
+MODEL_FORMS = "MODEL is a Python file, timm:NAME, torchvision:NAME or hf:DIR"
 
 
-def load_source(spec: str, *, data: str | None = None, weights: str | None = None) -> ModelSource:
+def load_source(
+    spec: str, *, data: str | None = None, weights: str | None = None, scope: str | None = None
+) -> ModelSource:
     """Load what the command line names as MODEL.
 
     Args:
-        spec: a Python file, `timm:NAME` or `torchvision:NAME`.
-        data: `imagefolder:DIR`, for library models.
+        spec: a Python file, `timm:NAME`, `torchvision:NAME`, or `hf:` and a transformers folder,
+            a config.json or a hub name.
+        data: `imagefolder:DIR` or `coco:DIR`, for library models.
         weights: for library models, `pretrained` (downloaded by the library) or the path of a
-            safetensors file; random when None.
+            safetensors file; when None, those of a transformers folder or hub name, else random.
+        scope: the submodule that is to be compiled.
 
     Raises:
         InputError: what is wrong with the file, the name, the data or the weights.
     """
     library, separator, name = spec.partition(":")
     if separator and library in LIBRARIES:
-        return load_library_model(library, name, data=data, weights=weights)
+        return load_library_model(library, name, data=data, weights=weights, scope=scope)
     if separator and not Path(spec).exists():
         raise InputError(
             "unknown-model-library",
@@ -50,7 +54,7 @@ def load_source(spec: str, *, data: str | None = None, weights: str | None = Non
                 "option-for-library-models",
                 f"{option} {value} was given with the model file {spec}",
                 hint="a model file brings its own data and weights; "
-                f"{option} is for timm:NAME and torchvision:NAME",
+                f"{option} is for timm:NAME, torchvision:NAME and hf:DIR",
             )
     return _load_file(Path(spec))
 

@@ -41,8 +41,9 @@ class ModelSource:
 
     `origin` is what messages call the model: the file as typed, `timm:NAME`, or a class name.
     `synthetic` is true when the calibration images are generated noise because a library model
-    came without data; `notes` are warnings about the source that belong in the report. `places`
-    are where the model file defines its functions.
+    came without data; `notes` are warnings about the source that belong in the report, and `facts`
+    what a person should know of it. `data_forms` are the forms of `--data` that serve a library
+    model. `places` are where the model file defines its functions.
     """
 
     origin: str
@@ -57,7 +58,9 @@ class ModelSource:
     dynamic_shapes: Any = None
     file: Path | None = None
     synthetic: bool = False
+    data_forms: str = "imagefolder:DIR"
     notes: list[tuple[str, str]] = field(default_factory=list)
+    facts: list[tuple[str, str]] = field(default_factory=list)
     places: dict[str, Location] = field(default_factory=dict)
 
     def place(self, function: str) -> Location | None:

@@ -25,6 +25,12 @@ from gpusq_compile.sparsity import Pattern, group_masks
 BLOCK = 128
 """Columns after which the errors so far are spread over all that follow, in one product."""
 
+INVERSE_BLOCK = 256
+"""Rows of a triangular matrix that are inverted at once; the rest of the work are products."""
+
+EXACT_COLUMNS = 512
+"""Wider weights are swept in float32; the factorization is float64 for all."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -83,32 +89,36 @@ def sweep(
     factor = inverse_factor(moments, damping)
     solvers = _diagonal_blocks(factor, group)
     choices = None if pattern is None else _Choices.of(solvers, pattern)
-    solvers = torch.linalg.solve_triangular(
-        solvers, torch.eye(group, dtype=factor.dtype, device=factor.device), upper=True
-    )
-    left = weight.to(factor.dtype, copy=True)
-    found = torch.ones_like(weight, dtype=torch.bool) if mask is None else mask.clone()
+    identity = torch.eye(group, dtype=factor.dtype, device=factor.device)
+    solvers = torch.linalg.solve_triangular(solvers, identity, upper=True)
+    if columns > EXACT_COLUMNS:
+        factor, solvers = factor.float(), solvers.float()
+        choices = None if choices is None else choices.float()
+    # Columns are the rows of what is swept, so that all that is done to one is done to a run of
+    # memory.
+    left = weight.T.to(factor.dtype, copy=True, memory_format=torch.contiguous_format)
+    found = torch.ones_like(left, dtype=torch.bool) if mask is None else mask.T.contiguous()
     block = max(BLOCK // group, 1) * group
     for first in range(0, columns, block):
         last = min(first + block, columns)
-        errors = torch.zeros_like(left[:, first:last])
+        errors = torch.empty_like(left[first:last])
         for start in range(first, last, group):
             end = start + group
-            values = left[:, start:end].clone()
+            values = left[start:end]
             if choices is None:
-                settled = values * found[:, start:end]
+                settled = values * found[start:end]
             else:
-                settled, found[:, start:end] = choices.best(values, start // group)
+                settled, found[start:end] = choices.best(values, start // group)
             if grid is not None:
                 upper = factor[start:end, start:end]
                 grids = [grid.of_column(index, columns) for index in range(start, end)]
-                settled = _round(settled, found[:, start:end], upper, grids)
-            error = (values - settled) @ solvers[start // group]
-            left[:, start:end] = settled
-            left[:, end:last] -= error @ factor[start:end, end:last]
-            errors[:, start - first : end - first] = error
-        left[:, last:] -= errors @ factor[first:last, last:]
-    return left.to(weight.dtype), found
+                settled = _round(settled, found[start:end], upper, grids)
+            error = errors[start - first : end - first]
+            torch.mm(solvers[start // group].T, values - settled, out=error)
+            left[start:end] = settled
+            left[end:last].addmm_(factor[start:end, end:last].T, error, alpha=-1)
+        left[last:].addmm_(factor[first:last, last:].T, errors, alpha=-1)
+    return left.T.to(weight.dtype).contiguous(), found.T.contiguous()
 
 
 def inverse_factor(moments: torch.Tensor, damping: float) -> torch.Tensor:
@@ -120,22 +130,34 @@ def inverse_factor(moments: torch.Tensor, damping: float) -> torch.Tensor:
     Raises:
         ValueError: the moments are not finite.
     """
-    if not bool(torch.isfinite(moments).all()):
+    if not bool(torch.isfinite(moments.diagonal()).all()):
         raise ValueError("the moments are not finite")
-    size = moments.shape[0]
-    identity = torch.eye(size, dtype=torch.float64, device=moments.device)
-    moments = moments.double()
-    mean = float(moments.diagonal().mean())
-    moments = moments / mean if mean > 0 else torch.zeros_like(moments)
+    mean = float(moments.diagonal().double().mean())
     while True:
         # Reversed, the lower factor of Cholesky is the upper R of moments = R R^T; U is R^-1.
-        damped = (moments + damping * identity).flip(0, 1)
+        damped = moments.flip(0, 1).double()
+        damped = damped.div_(mean) if mean > 0 else damped.zero_()
+        damped.diagonal().add_(damping)
         lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if not int(failed):
-            upper = lower.flip(0, 1)
-            factor: torch.Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
-            return factor
+            return _inverse_of_lower(lower).flip(0, 1)
         damping *= 10.0
+
+
+def _inverse_of_lower(lower: torch.Tensor) -> torch.Tensor:
+    """The inverse of a lower triangular matrix, in block rows that are mostly matrix products."""
+    size = len(lower)
+    inverse = torch.zeros_like(lower)
+    for first in range(0, size, INVERSE_BLOCK):
+        last = min(first + INVERSE_BLOCK, size)
+        own = lower[first:last, first:last]
+        identity = torch.eye(last - first, dtype=lower.dtype, device=lower.device)
+        corner = torch.linalg.solve_triangular(own, identity, upper=False)
+        inverse[first:last, first:last] = corner
+        beside = lower[first:last, :first] @ inverse[:first, :first]
+        inverse[first:last, :first] = (corner @ beside).neg_()
+    return inverse
 
 
 def _diagonal_blocks(matrix: torch.Tensor, size: int) -> torch.Tensor:
@@ -154,12 +176,13 @@ class _Choices:
     the optimal brain surgeon (Hassibi and Stork, NIPS 1992) for several weights at once (Kurtic et
     al., "The Optimal BERT Surgeon", EMNLP 2022).
 
-    `masks` is bool [masks, group]; `losses` and `updates` are [groups, masks, group, group].
+    `masks` is bool [masks, group]; `losses` is [groups, masks, group, group], `(A_PP)^-1` with
+    zeros around it, and `inverses` the A, [groups, group, group].
     """
 
     masks: torch.Tensor
     losses: torch.Tensor
-    updates: torch.Tensor
+    inverses: torch.Tensor
 
     @classmethod
     def of(cls, factors: torch.Tensor, pattern: Pattern) -> _Choices:
@@ -171,28 +194,43 @@ class _Choices:
         losses = inverses.new_zeros(shape)
         which = torch.arange(len(masks), device=masks.device).reshape(-1, 1, 1)
         losses[:, which, row, column] = torch.linalg.inv(inverses[:, row, column])
-        identity = torch.eye(pattern.group, dtype=factors.dtype, device=factors.device)
-        return cls(masks, losses, identity - losses @ inverses.unsqueeze(1))
+        return cls(masks, losses, inverses)
+
+    def float(self) -> _Choices:
+        return _Choices(self.masks, self.losses.float(), self.inverses.float())
 
     def best(self, values: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The group's columns [out, group] after the mask of least loss, and that mask."""
-        loss = ((values @ self.losses[group]) * values).sum(dim=2)
-        choice = loss.argmin(dim=0)
-        mask = self.masks[choice]
-        rows = torch.arange(len(values), device=values.device)
-        moved = (values @ self.updates[group])[choice, rows]
+        """The group's columns [group, out] after the mask of least loss, and that mask."""
+        size, out = values.shape
+        solved = (self.losses[group].reshape(-1, size) @ values).reshape(-1, size, out)
+        choice = _least((solved * values).sum(dim=1))
+        mask = self.masks.T[:, choice]
+        moved = values - self.inverses[group] @ solved.gather(0, choice.expand(1, size, out))[0]
         return moved * mask, mask
+
+
+def _least(losses: torch.Tensor) -> torch.Tensor:
+    """The index [out] of the smallest of the `losses` [masks, out], the first of equal ones.
+
+    `argmin` over an outer dimension is many times as slow.
+    """
+    least = losses[0].clone()
+    index = torch.zeros_like(least, dtype=torch.int64)
+    for candidate in range(1, len(losses)):
+        index.masked_fill_(losses[candidate] < least, candidate)
+        torch.minimum(least, losses[candidate], out=least)
+    return index
 
 
 def _round(
     values: torch.Tensor, mask: torch.Tensor, factor: torch.Tensor, grids: Sequence[Grid]
 ) -> torch.Tensor:
-    """Round the kept columns of one group, each error spread over the group's later ones."""
+    """Round the kept columns of one group, [group, out], each error spread over the later ones."""
     left = values.clone()
     for index, grid in enumerate(grids):
-        exact = left[:, index]
-        rounded = grid.nearest(exact) * mask[:, index]
+        exact = left[index]
+        rounded = grid.nearest(exact) * mask[index]
         error = (exact - rounded) / factor[index, index]
-        left[:, index] = rounded
-        left[:, index + 1 :] -= error.outer(factor[index, index + 1 :])
+        left[index] = rounded
+        left[index + 1 :] -= factor[index, index + 1 :].outer(error)
     return left

@@ -15,6 +15,8 @@ from gpusq_compile.errors import InputError, did_you_mean
 from gpusq_compile.language.schema import Compute
 
 EngineChoice = Literal["auto", "none", "tensorrt", "tensorrt-rtx"]
+EMITTED = ("triton",)
+"""What `--emit` writes beside the usual files."""
 LARGEST_SEED = 2**32 - 1
 """The largest that numpy takes."""
 
@@ -31,6 +33,7 @@ class Options:
     device: str = "cpu"
     seed: int = 0
     dump_after: tuple[str, ...] = ()
+    emit: tuple[str, ...] = ()
     dry_run: bool = False
     resume: bool = False
     checkpoint_every: int | None = None
@@ -96,6 +99,17 @@ def check_options(options: Options, passes: Sequence[str]) -> None:
                 f"no pass '{name}' to dump after",
                 hint=did_you_mean(name, [*passes, "changed", "all"]),
             )
+    for name in options.emit:
+        if name not in EMITTED:
+            raise InputError(
+                "unknown-emit",
+                f"nothing to emit is called '{name}'",
+                hint=did_you_mean(name, EMITTED),
+            )
+    if options.emit and options.dry_run:
+        raise InputError(
+            "options-conflict", f"--emit {options.emit[0]} writes files, and --dry-run writes none"
+        )
     try:
         kind = torch.device(options.device).type
     except RuntimeError:

@@ -20,7 +20,7 @@ from gpusq_compile.errors import InputError
 
 MANIFEST = "manifest.json"
 REPRO = "repro"
-FOLDERS = ("engine", "dumps", REPRO)
+FOLDERS = ("engine", "dumps", "triton", REPRO)
 REPORT = "report.json"
 STAGING_PREFIX = ".gpusq-staging-"
 
@@ -119,8 +119,7 @@ def publish(stage: Path, output: Path, about: dict[str, Any]) -> list[Path]:
             os.replace(stage / name, output / name)
         for name in stale:
             (output / name).unlink(missing_ok=True)
-            if (output / name).parent != output:
-                _remove_empty([(output / name).parent])
+            _remove_empty([p for p in (output / name).parents if output in p.parents])
         shutil.rmtree(output / REPRO, ignore_errors=True)
         for log in stale_logs(output, names):
             os.replace(log, log.with_name(f"{log.name}.old"))

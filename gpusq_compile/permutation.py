@@ -19,8 +19,14 @@ import torch
 from gpusq_compile.column_pairs import CHUNK_BYTES, pair_anew, pair_by_covariance, take_best
 from gpusq_compile.sparsity import Pattern
 
-WORK = 10**8
-"""Rows times columns that the search may visit in all; a large layer gets fewer rounds."""
+SMALL = 1 << 16
+"""Weights of a layer up to which the search goes on for as long as it finds anything."""
+
+WORK = 2 * 10**7
+"""Rows times columns that the search may visit in all of a larger one, which so gets fewer rounds:
+most of what is gained is gained in the first."""
+
+MIN_ROUNDS = 10
 
 LARGE_ROUND = 4
 """A round takes so many times as long where groups hold more than two units of two columns."""
@@ -82,7 +88,9 @@ def best_order(
         if kept_energy(energy, paired, pattern) > kept_energy(energy, order, pattern):
             order = paired
     visits = rows * columns * (LARGE_ROUND if pattern.unit == 2 and pattern.units > 2 else 1)
-    rounds = min(MAX_ROUNDS, max(8, WORK // visits))
+    rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, WORK // visits))
+    if rows * columns <= SMALL:
+        rounds = MAX_ROUNDS
     idle = 0
     for _ in range(rounds):
         pairs = random_pairs(labels, generator)

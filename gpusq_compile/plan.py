@@ -50,8 +50,8 @@ class LayerPlan:
 
     `weight` is the parameter's dotted path in the graph module, `shape` the weight's shape:
     [out, in] for a linear, [out, in / groups, kh, kw] for a convolution. The reduction axis of
-    both is axis 1 and the output-channel axis is axis 0. `part` is set where the operator is one of
-    those that a layer was split into.
+    both is axis 1 and the output-channel axis is axis 0. `module` is the full class of the user's
+    module. `part` is set where the operator is one of those that a layer was split into.
     """
 
     name: str
@@ -66,6 +66,7 @@ class LayerPlan:
     reasons: tuple[str, ...] = ()
     rules: tuple[str, ...] = ()
     part: Part | None = None
+    module: str = ""
 
     @property
     def role(self) -> str | None:

@@ -12,8 +12,22 @@ import rich.console
 
 from gpusq_compile import __version__
 from gpusq_compile.console import write_out
-from gpusq_compile.errors import GpusqError, InputError
+from gpusq_compile.errors import CheckFailed, GpusqError, InputError
+from gpusq_compile.gates import Gates, check_gates
 from gpusq_compile.output import REPORT
+from gpusq_compile.questions import (
+    Questions,
+    answers,
+    explain_option,
+    gate_options,
+    print_lines,
+    question_options,
+    show_answers,
+)
+from gpusq_compile.report.annotations import error_annotations, report_annotations
+from gpusq_compile.report.compare import compare, comparison_lines
+from gpusq_compile.report.remarks_view import parse_choice
+from gpusq_compile.report.schema import SCHEMA_PATH
 
 SUPPORTED_SCHEMA = 1
 EXIT_INTERRUPTED = 130
@@ -22,7 +36,14 @@ DAMAGE = (LookupError, TypeError, AttributeError, ValueError)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--diff",
+    "other",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER2",
+    help="What changed from the run in FOLDER to the one in FOLDER2.",
+)
 @click.option(
     "--log",
     "logs",
@@ -32,33 +53,108 @@ DAMAGE = (LookupError, TypeError, AttributeError, ValueError)
     help="What trtexec printed when it built the engine elsewhere, or its --exportLayerInfo. Those "
     "in FOLDER/engine are read anyway.",
 )
+@question_options
+@gate_options
+@explain_option
+@click.option("--schema", is_flag=True, help="Print the JSON schema of report.json.")
 @click.option(
-    "--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True
+    "--format",
+    "form",
+    type=click.Choice(["text", "json", "github"]),
+    default="text",
+    show_default=True,
+    help="json prints the report, or the answer, as data; github annotations.",
+)
+@click.option(
+    "--open",
+    "opens",
+    is_flag=True,
+    help="Open the page of the run in a browser. It is made again where it is missing, or where "
+    "logs say more.",
 )
 @click.version_option(__version__, prog_name="gpusq-report")
-def command(folder: Path, logs: tuple[Path, ...], form: str) -> None:
-    """Show the report of the run whose output folder is FOLDER.
+def command(folder: Path | None, logs: tuple[Path, ...], form: str, **options: Any) -> None:
+    """Show the report of the run whose output folder is FOLDER, or ask it a question.
 
     With the logs of an engine that build_engine.sh built, it says which layers got sparse kernels,
-    and why others got none. report.json stays as it is.
+    and why others got none. report.json stays as it is. Exit code 1 where a gate does not hold.
     """
-    report = add_logs(read_report(folder), folder, logs)
-    if form == "json":
-        write_out(json.dumps(report, indent=2) + "\n", sys.stdout)
+    if options["schema"]:
+        write_out(SCHEMA_PATH.read_text(encoding="utf-8"), sys.stdout)
         return
-    from gpusq_compile.report.terminal import show_report
+    if folder is None:
+        raise click.UsageError("Missing argument 'FOLDER'.")
+    gates = Gates(options["max_drop"], options["strict"], options["require_sparse"])
+    report = add_logs(read_report(folder), folder, logs)
+    if options["opens"]:
+        from gpusq_compile.report.open_page import open_page
 
-    console = rich.console.Console(highlight=False)
+        try:
+            write_out(f"{open_page(report_file(folder).parent, report)}\n", sys.stdout)
+        except DAMAGE as error:
+            raise damaged(folder, error) from None
+        return
     try:
-        with console.capture() as shown:
-            console.print(f"{report['model']}: {report['status']}", markup=False, soft_wrap=True)
-            if report["error"]:
-                failure = f"{report['error']['code']}: {report['error']['message']}"
-                console.print(failure, markup=False, soft_wrap=True)
-            show_report(report, console)
+        text = answer(report, folder, form, options)
     except DAMAGE as error:
         raise damaged(folder, error) from None
-    write_out(shown.get(), sys.stdout)
+    write_out(text, sys.stdout)
+    try:
+        check_gates(report, gates)
+    except DAMAGE as error:
+        raise damaged(folder, error) from None
+    except CheckFailed as failed:
+        if form == "github":
+            write_out("\n".join(error_annotations(failed)) + "\n", sys.stdout)
+        raise
+
+
+def answer(report: dict[str, Any], folder: Path, form: str, options: dict[str, Any]) -> str:
+    """What was asked of a report: the comparison, the answers, or all of it."""
+    if options["other"] is not None:
+        return compared(report, folder, options["other"], form)
+    remarks = options["remarks"]
+    passes = [step["name"] for step in report["passes"]]
+    questions = Questions(
+        options["why"], remarks and parse_choice(remarks, passes), options["timing"]
+    )
+    if form == "github":
+        return "\n".join(report_annotations(report)) + "\n"
+    if form == "json":
+        return json.dumps(answers(report, questions) if questions else report, indent=2) + "\n"
+    console = rich.console.Console(highlight=False)
+    with console.capture() as shown:
+        if questions:
+            show_answers(report, questions, console)
+        else:
+            show_whole(report, console)
+    return shown.get()
+
+
+def show_whole(report: dict[str, Any], console: rich.console.Console) -> None:
+    from gpusq_compile.report.terminal import show_report
+
+    console.print(f"{report['model']}: {report['status']}", markup=False, soft_wrap=True)
+    if report["error"]:
+        failure = f"{report['error']['code']}: {report['error']['message']}"
+        console.print(failure, markup=False, soft_wrap=True)
+    show_report(report, console)
+
+
+def compared(report: dict[str, Any], folder: Path, other: Path, form: str) -> str:
+    second = add_logs(read_report(other), other, ())
+    for path, one in ((folder, report), (other, second)):
+        try:
+            compare(one, one)
+        except DAMAGE as error:
+            raise damaged(path, error) from None
+    found = compare(report, second)
+    if form == "json":
+        return json.dumps(found, indent=2) + "\n"
+    console = rich.console.Console(highlight=False)
+    with console.capture() as shown:
+        print_lines(console, [f"from {folder} to {other}:", *comparison_lines(found)])
+    return shown.get()
 
 
 def add_logs(report: dict[str, Any], folder: Path, given: tuple[Path, ...]) -> dict[str, Any]:
@@ -138,7 +234,7 @@ def read_report(folder: Path) -> dict[str, Any]:
 def main() -> None:
     """Console entry point: errors become a message and an exit code, never a traceback."""
     try:
-        command(standalone_mode=False)
+        command(prog_name="gpusq-report", standalone_mode=False)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except click.UsageError as error:
@@ -152,3 +248,7 @@ def main() -> None:
 def fail(error: GpusqError) -> None:
     click.echo(str(error), err=True)
     sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

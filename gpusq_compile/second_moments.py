@@ -8,7 +8,7 @@ D of the matrix, summed over outputs and rows, is the trace of `D @ moments @ D.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +16,18 @@ import torch.fx
 import torch.nn.functional as F
 
 from gpusq_compile.compilation import Compilation
-from gpusq_compile.data import calibration_calls, require_calibration_data
+from gpusq_compile.data import batches, require_calibration_data
 from gpusq_compile.errors import InputError
 from gpusq_compile.graph.query import op_of
-from gpusq_compile.graph.walk import Walk
+from gpusq_compile.graph.walk import Call, Walk
 from gpusq_compile.sparsity import REDUCTION_AXIS
+
+WIDE = 512
+"""Columns beyond which second moments are computed in blocks of so many, one of each mirrored pair
+alone, and kept in float32."""
+
+MOST_ROWS = 1 << 16
+"""Rows of a linear's input that second moments are computed from; of more, every n-th is taken."""
 
 IMAGES_AT_ONCE = 8
 """Images whose patches are unfolded together: they take kernel-size times the input's memory."""
@@ -70,12 +77,36 @@ def _pair(node: torch.fx.Node, index: int, default: int) -> tuple[int, int]:
 
 
 def second_moments(rows: Iterable[torch.Tensor]) -> torch.Tensor:
-    """The mean of x x^T over the rows x: float64 [columns, columns]."""
+    """The mean of x x^T over the rows x: [columns, columns], float64 or, if wide, float32."""
     total, count = torch.zeros(()), 0
     for part in rows:
-        total = total.to(part.device) + (part.T @ part).double()
+        product = _product_with_itself(part)
+        product = product if len(product) > WIDE else product.double()
+        total = product if count == 0 else total.add_(product)
         count += part.shape[0]
-    return total / max(count, 1)
+    return total.div_(max(count, 1))
+
+
+def _product_with_itself(rows: torch.Tensor) -> torch.Tensor:
+    """`rows.T @ rows`."""
+    columns = rows.shape[1]
+    if columns <= WIDE:
+        return rows.T @ rows
+    product = rows.new_empty(columns, columns)
+    for first in range(0, columns, WIDE):
+        last = min(first + WIDE, columns)
+        block = rows[:, first:last].T @ rows[:, first:]
+        product[first:last, first:] = block
+        product[last:, first:last] = block[:, last - first :].T
+    return product
+
+
+def thinned(rows: torch.Tensor, step: int) -> torch.Tensor:
+    """About every `step`-th of the rows [rows, columns]."""
+    # Tokens come image by image: a step that divides their number would see the same ones of each.
+    while math.gcd(step, len(rows)) > 1:
+        step += 1
+    return rows[::step]
 
 
 def mean_squares(rows: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -94,13 +125,31 @@ def output_error(matrix: torch.Tensor, changed: torch.Tensor, moments: torch.Ten
         matrix, changed: W and W', [out, columns].
         moments: [columns, columns], of the layer's inputs X.
     """
-    matrix, changed, moments = matrix.double(), changed.double(), moments.double()
+    return output_errors(matrix, [changed], moments)[0]
+
+
+def output_errors(
+    matrix: torch.Tensor, changed: Sequence[torch.Tensor], moments: torch.Tensor
+) -> list[float]:
+    """The `output_error` of each of several `changed`."""
+    dtype = torch.float32 if matrix.shape[1] > WIDE else torch.float64
+    matrix, moments = matrix.to(dtype), moments.to(dtype)
     energy = _energy(matrix, moments)
-    return math.sqrt(_energy(matrix - changed, moments) / energy) if energy > 0 else 0.0
+    errors = (_energy(matrix - other.to(dtype), moments) for other in changed)
+    return [math.sqrt(error / energy) if energy > 0 else 0.0 for error in errors]
 
 
 def _energy(matrix: torch.Tensor, moments: torch.Tensor) -> float:
-    return max(float(((matrix @ moments) * matrix).sum()), 0.0)
+    """The trace of `matrix @ moments @ matrix.T`."""
+    total = 0.0
+    for first in range(0, len(moments), WIDE):
+        last = min(first + WIDE, len(moments))
+        own = matrix[:, first:last]
+        total += float(((own @ moments[first:last, first:last]) * own).sum())
+        if last < len(moments):
+            beside = matrix[:, last:] @ moments[last:, first:last]
+            total += 2.0 * float((beside * own).sum())
+    return max(total, 0.0)
 
 
 def looks_at_inputs(what: str) -> str:
@@ -114,18 +163,27 @@ class LayerInputs:
     inputs as the changed layer leaves them.
     """
 
-    def __init__(self, compilation: Compilation, what: str) -> None:
+    def __init__(self, compilation: Compilation, what: str, most: int | None = None) -> None:
         """Read the calibration data.
 
         Args:
             what: what looks at the inputs, for messages: `sparsity method obs`.
+            most: parameters of the graph times samples from which on no further batch is read.
 
         Raises:
             InputError: there is no data.
         """
-        source, limit = compilation.source, compilation.rules.calibration.batches
-        require_calibration_data(source, looks_at_inputs(what))
-        calls = calibration_calls(source, compilation.network, compilation.device, limit)
+        name, factory = require_calibration_data(compilation.source, looks_at_inputs(what))
+        parameters = sum(parameter.numel() for parameter in compilation.ir.parameters())
+        calls: list[Call] = []
+        samples = 0
+        for batch in batches(
+            factory, name, compilation.device, compilation.rules.calibration.batches
+        ):
+            calls.append(compilation.network.scoped_inputs(batch.inputs))
+            samples += batch.size
+            if most is not None and parameters * samples >= most:
+                break
         self.walk = Walk(compilation.ir, calls)
         self._shared: tuple[object, torch.Tensor] | None = None
 
@@ -138,8 +196,13 @@ class LayerInputs:
         values = self.walk.inputs_of(node)
         if self._shared is not None and self._shared[0] is node.args[0] and op_of(node) == "linear":
             return self._shared[1]
-        moments = second_moments(rows for value in values for rows in input_rows(node, value))
-        self._shared = (node.args[0], moments) if op_of(node) == "linear" else None
+        linear = op_of(node) == "linear"
+        total = sum(value[..., 0].numel() for value in values) if linear else 0
+        step = max(1, math.ceil(total / MOST_ROWS))
+        moments = second_moments(
+            thinned(rows, step) for value in values for rows in input_rows(node, value)
+        )
+        self._shared = (node.args[0], moments) if linear else None
         return _finite(moments, layer)
 
     def mean_squares(self, node: torch.fx.Node, layer: str) -> torch.Tensor:
@@ -160,7 +223,9 @@ class LayerInputs:
 
 
 def _finite(moments: torch.Tensor, layer: str) -> torch.Tensor:
-    if not bool(torch.isfinite(moments).all()):
+    # An input that is not finite leaves its square on the diagonal.
+    diagonal = moments.diagonal() if moments.ndim == 2 else moments
+    if not bool(torch.isfinite(diagonal).all()):
         raise InputError(
             "activation-not-finite", f"calibration met NaN or infinite values at {layer}"
         )

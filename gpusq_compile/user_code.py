@@ -6,11 +6,9 @@ import inspect
 import linecache
 import sysconfig
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from gpusq_compile.errors import InputError, Location, relative_to_cwd
 
@@ -56,7 +54,7 @@ def user_error(error: BaseException, path: Path | None, what: str, code: str) ->
     neither this package's nor an installed library's; no location when there is none.
     """
     frames = traceback.extract_tb(error.__traceback__)
-    outside = [frame for frame in frames if _is_users(Path(frame.filename))]
+    outside = [frame for frame in frames if is_users(Path(frame.filename))]
     own = [frame for frame in outside if path and _same_file(Path(frame.filename), path)]
     message = f"{what} raised {_error_text(error, outside)}"
     if not outside:
@@ -70,15 +68,6 @@ def user_error(error: BaseException, path: Path | None, what: str, code: str) ->
     )
 
 
-def innermost_place(frames: Sequence[tuple[str, int]]) -> Location | None:
-    """The last (file, line) that is the user's own, else the last outside of torch; or None."""
-    own = [frame for frame in frames if _is_users(Path(frame[0]))]
-    torchs = Path(torch.__file__).parent
-    library = [frame for frame in frames if not Path(frame[0]).is_relative_to(torchs)]
-    chosen = own or library
-    return Location(relative_to_cwd(Path(chosen[-1][0])), chosen[-1][1]) if chosen else None
-
-
 def _error_text(error: BaseException, frames: list[traceback.FrameSummary]) -> str:
     lines = str(error).strip().splitlines()
     if len(lines) > MOST_LINES:
@@ -89,7 +78,8 @@ def _error_text(error: BaseException, frames: list[traceback.FrameSummary]) -> s
     return ": ".join([type(error).__name__, *(["\n".join(lines)] if lines else [])])
 
 
-def _is_users(file: Path) -> bool:
+def is_users(file: Path) -> bool:
+    """Whether a file is neither this package's, nor an installed library's, nor Python's own."""
     if file.name.startswith("<"):
         return False
     ours = Path(__file__).resolve().parent

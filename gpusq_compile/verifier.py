@@ -9,6 +9,7 @@ import torch.fx
 
 from gpusq_compile.attention_plan import planned_attentions
 from gpusq_compile.errors import InternalError
+from gpusq_compile.finetune.decisions import Decision
 from gpusq_compile.finetune.taps import Tap
 from gpusq_compile.graph.query import weight_source
 from gpusq_compile.plan import planned
@@ -46,10 +47,10 @@ def only_known_modules_are_called(graph_module: torch.fx.GraphModule) -> list[st
     modules = dict(graph_module.named_modules())
     return [
         f"node {node.name} calls {type(modules.get(str(node.target))).__name__}, which is neither "
-        "mask, fake-quantizer nor tap"
+        "mask, fake-quantizer, tap nor decision"
         for node in graph_module.graph.nodes
         if node.op == "call_module"
-        and not isinstance(modules.get(str(node.target)), (Mask, FakeQuantize, Tap))
+        and not isinstance(modules.get(str(node.target)), (Mask, FakeQuantize, Tap, Decision))
     ]
 
 

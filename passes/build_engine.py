@@ -6,7 +6,8 @@ Needs `verified`. Guarantees `engine` when an engine was asked for and could be 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from gpusq_compile.attention_plan import planned_attentions
@@ -18,11 +19,14 @@ from gpusq_compile.engine import (
     MarkedGemm,
     build_engines,
 )
+from gpusq_compile.errors import CheckFailed, Location
 from gpusq_compile.execution import Precision, execution
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.passes.verify_onnx import MODEL_FILE
 from gpusq_compile.plan import LayerPlan, Treatment, planned
 from gpusq_compile.remarks import Remark, analysis, missed, passed
+
+NODE = re.compile(r"at node '(?P<name>[^']+)'")
 
 
 def run(compilation: Compilation) -> PassResult:
@@ -37,16 +41,19 @@ def run(compilation: Compilation) -> PassResult:
         if plan.applied.activation is not None
     ]
     with compilation.console.progress("engine (percent)", 100) as advance:
-        report = build_engines(
-            compilation.workdir / MODEL_FILE,
-            compilation.workdir,
-            backend=compilation.options.engine,
-            targets=compilation.targets,
-            gemms=gemms,
-            attentions=attentions,
-            batch=BatchRange(),
-            progress=lambda target, phase, done: advance(f"{target}: {phase}", to=100 * done),
-        )
+        try:
+            report = build_engines(
+                compilation.workdir / MODEL_FILE,
+                compilation.workdir,
+                backend=compilation.options.engine,
+                targets=compilation.targets,
+                gemms=gemms,
+                attentions=attentions,
+                batch=BatchRange(),
+                progress=lambda target, phase, done: advance(f"{target}: {phase}", to=100 * done),
+            )
+        except CheckFailed as error:
+            raise placed(error, compilation.onnx_places) from error
     compilation.engine = report
     marked = len(gemms) + len(attentions)
     result = PassResult(matched=marked, changed=len(report.targets))
@@ -70,6 +77,19 @@ def run(compilation: Compilation) -> PassResult:
     if not report.targets:
         result.skipped = marked
     return result
+
+
+def placed(error: CheckFailed, places: Mapping[str, Location]) -> CheckFailed:
+    """The error of a builder that cannot take a node, at the line of the model that it is from."""
+    node = NODE.search(error.message)
+    place = places.get(node["name"]) if node else None
+    if error.location is not None or place is None:
+        return error
+    hint = (
+        "--scope PATH compiles a submodule without it; or write that line with operators that the "
+        "engine has; --engine none stops at the verified ONNX file"
+    )
+    return CheckFailed(error.code, error.message, location=place, hint=error.hint or hint)
 
 
 def attention_remarks(target: str, attentions: Sequence[AttentionInEngine]) -> list[Remark]:

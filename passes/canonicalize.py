@@ -4,22 +4,34 @@ Needs `graph`. Rewrites, each exact:
 - `dropout` in eval mode, `alias`, `detach`, `contiguous`, a cast to the same type -> nothing;
 - a slice of the whole -> nothing, one part of a stack -> that part, `copy` -> what is copied;
 - `view` -> `reshape`, which is legal for every stride that later rewrites may leave behind;
+- products in other words (`baddbmm`, an `einsum` of two factors) -> `matmul`, and products with a
+  stored weight (`x @ w.T`, `addmm`) -> `linear`, so that attention and GEMMs have one form;
+- fused attention on other than four axes -> on four, all that an engine knows;
 - a non-overlapping convolution (kernel = stride, no padding) -> patches @ linear, so that a patch
   embedding is a GEMM with reduction size C * P * P.
-Guarantees `canonical`.
+Refuses an operator that cannot become ONNX, with its place in the model's source: what is found
+here costs no fine-tune. Guarantees `canonical`.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.fx
 
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.graph.edit import bypass, finish, insert_call, insert_get_attr, set_tensor
+from gpusq_compile.graph.one_form import (
+    attention_to_four_axes,
+    baddbmm_to_matmul,
+    einsum_to_matmul,
+    product_to_linear,
+)
 from gpusq_compile.graph.query import shape_of, static_shape, tensor_attribute
+from gpusq_compile.lowering.exportable import check_exportable
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.remarks import analysis, passed
 
@@ -38,15 +50,19 @@ VIEWS = {aten.view.default, aten._unsafe_view.default}
 def run(compilation: Compilation) -> PassResult:
     graph_module = compilation.ir
     result = PassResult()
-    rewrites: tuple[Callable[[torch.fx.GraphModule, torch.fx.Node], str | None], ...] = (
+    rewrites: tuple[Callable[[torch.fx.GraphModule, torch.fx.Node], bool], ...] = (
         remove_identity,
         view_to_reshape,
+        baddbmm_to_matmul,
+        einsum_to_matmul,
+        product_to_linear,
+        attention_to_four_axes,
         copy_to_source,
         select_from_stack,
     )
     for node in list(graph_module.graph.nodes):
         for rewrite in rewrites:
-            if rewrite(graph_module, node) is not None:
+            if rewrite(graph_module, node):
                 result.matched += 1
                 result.changed += 1
                 break
@@ -67,16 +83,17 @@ def run(compilation: Compilation) -> PassResult:
             result.skipped += 1
             result.remarks.append(analysis("patchify", f"left a convolution: {refusal}", layer))
     finish(graph_module)
+    check_exportable(graph_module.graph)
     return result
 
 
-def remove_identity(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> str | None:
+def remove_identity(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
     if node.target not in IDENTITIES and not casts_to_own_type(node) and not takes_all(node):
-        return None
+        return False
     if node.target is aten.dropout.default and len(node.args) > 2 and node.args[2]:
-        return None
+        return False
     bypass(node)
-    return "identity"
+    return True
 
 
 def casts_to_own_type(node: torch.fx.Node) -> bool:
@@ -92,14 +109,15 @@ def takes_all(node: torch.fx.Node) -> bool:
     """Whether a slice is the whole: the `:` of `x[:, 0]`."""
     if node.target is not aten.slice.Tensor:
         return False
-    _, _, start, end, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
-    return start in (0, None) and end in (sys.maxsize, None) and step == 1
+    arguments: tuple[Any, ...] = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
+    _, _, start, end, step = arguments
+    return bool(start in (0, None) and end in (sys.maxsize, None) and step == 1)
 
 
-def copy_to_source(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> str | None:
+def copy_to_source(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
     """`copy(target, source)`, what is left of `x[...] = source` -> the source in that form."""
     if node.target is not aten.copy.default:
-        return None
+        return False
     target, source = node.args[:2]
     assert isinstance(target, torch.fx.Node)
     assert isinstance(source, torch.fx.Node)
@@ -113,35 +131,36 @@ def copy_to_source(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> s
             source = insert_call(node.graph, aten.expand_as.default, both, provenance=node)
     node.replace_all_uses_with(source)
     node.graph.erase_node(node)
-    return "copy"
+    return True
 
 
-def select_from_stack(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> str | None:
+def select_from_stack(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
     """`stack([a, b, c])[1]` -> `b`: a model that returns one of its layers' answers needs no other.
 
     What nothing else reads goes with it.
     """
     stack = node.args[0] if node.target is aten.select.int else None
     if not isinstance(stack, torch.fx.Node) or stack.target is not aten.stack.default:
-        return None
-    parts, axis = stack.args[0], stack.args[1] if len(stack.args) > 1 else 0
-    rank = len(shape_of(stack) or ())
-    _, chosen, index = node.args
-    if not isinstance(index, int) or int(axis) % rank != int(chosen) % rank:  # type: ignore[call-overload]
-        return None
+        return False
+    axis: Any = stack.args[1] if len(stack.args) > 1 else 0
+    parts, rank = stack.args[0], len(shape_of(stack) or ())
+    chosen: Any = node.args[1]
+    index = node.args[2]
+    if not isinstance(index, int) or axis % rank != chosen % rank:
+        return False
     assert isinstance(parts, (list, tuple))
     part = parts[index]
     assert isinstance(part, torch.fx.Node)
     node.replace_all_uses_with(part)
     node.graph.erase_node(node)
-    return "part"
+    return True
 
 
-def view_to_reshape(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> str | None:
+def view_to_reshape(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
     if node.target not in VIEWS:
-        return None
+        return False
     node.target = aten.reshape.default
-    return "reshape"
+    return True
 
 
 def patchify(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> str | None:

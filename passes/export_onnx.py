@@ -25,11 +25,12 @@ def run(compilation: Compilation) -> PassResult:
     with torch.no_grad():
         try:
             program = lift(compilation.ir, compilation.convention, UndecomposedProgram)
-            compilation.onnx_model = to_onnx(program)
+            compilation.onnx_model = to_onnx(program, compilation.onnx_places)
         except CheckFailed as error:
             result.remarks.append(analysis("decomposed", f"not translated whole: {error.message}"))
+            program = lift(compilation.ir, compilation.convention)
             try:
-                compilation.onnx_model = to_onnx(lift(compilation.ir, compilation.convention))
+                compilation.onnx_model = to_onnx(program, compilation.onnx_places)
             except CheckFailed:
                 raise error from None  # It names the operator that a person knows.
     nodes = len(compilation.onnx_model.graph.node)

@@ -1,12 +1,12 @@
 """fold: make integers and zeros real.
 
-Needs `quantized_tuned`. Removes taps, multiplies masks into the stored weights, replaces each
-fake-quantized weight by its integers and scales with a `gpusq::dequantize`, and each fake-quantized
-activation by `gpusq::quantize` and `gpusq::dequantize`. 4-bit values are kept in int8, weights as
-integers of [-7, 7] and activations behind a clip to [-8, 7] steps, so that tensor cores that know
-INT8 alone compute exactly what was trained. The function is exactly that of the fake-quantized
-graph, whose outputs on real batches are recorded first: the final file is compared with them.
-Guarantees `folded`: no inserted module is left.
+Needs `quantized_tuned`. Removes taps and decisions, multiplies masks into the stored weights,
+replaces each fake-quantized weight by its integers and scales with a `gpusq::dequantize`, and each
+fake-quantized activation by `gpusq::quantize` and `gpusq::dequantize`. 4-bit values are kept in
+int8, weights as integers of [-7, 7] and activations behind a clip to [-8, 7] steps, so that tensor
+cores that know INT8 alone compute exactly what was trained. The function is exactly that of the
+fake-quantized graph, whose outputs on real batches are recorded first: the final file is compared
+with them. Guarantees `folded`: no inserted module is left.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from gpusq_compile.attention_plan import planned_attentions
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.data import some_batches
 from gpusq_compile.errors import InternalError
+from gpusq_compile.finetune.decisions import Decision
 from gpusq_compile.finetune.taps import Tap
 from gpusq_compile.graph.edit import (
     NAMESPACE,
@@ -66,7 +67,7 @@ def run(compilation: Compilation) -> PassResult:
         for node, module in module_calls(graph_module):
             result.matched += 1
             result.changed += 1
-            if isinstance(module, Tap):
+            if isinstance(module, (Tap, Decision)):
                 bypass(node)
             else:
                 assert isinstance(module, FakeQuantize)

@@ -9,7 +9,7 @@ Guarantees `marked`: every later pass reads plans and never the rules.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,23 +30,37 @@ from gpusq_compile.execution import (
 from gpusq_compile.graph.attention import Attention, find_attentions
 from gpusq_compile.graph.query import (
     WEIGHTED_OPS,
+    groups_of,
     input_dependent,
     is_weighted,
+    kernel_size,
     module_class,
     module_path,
     op_of,
+    operator_name,
+    static_shape,
     tensor_attribute,
     value_dependent,
     weight_source,
 )
-from gpusq_compile.graph.roles import find_roles, residual_adds
-from gpusq_compile.language.matching import Candidate, Decision, decide
+from gpusq_compile.graph.roles import Roles, find_roles, residual_adds
+from gpusq_compile.language.loader import Rules
+from gpusq_compile.language.matching import (
+    Candidate,
+    Decision,
+    decide,
+    matches,
+    why_unmatched,
+)
 from gpusq_compile.language.schema import BLOCK_SIZES, Distill, Quantize, Sparsity
+from gpusq_compile.named_roles import with_named_roles
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.plan import TAP_PLAN, LayerPlan, TapPlan, Treatment, planned, update_plan
 from gpusq_compile.remarks import Kind, Remark, analysis, missed, passed
 from gpusq_compile.second_moments import looks_at_inputs
 from gpusq_compile.sparsity import PATTERNS, REDUCTION_AXIS
+
+STAGE_END = "stage_end"
 
 
 @dataclass(frozen=True)
@@ -63,7 +77,7 @@ class Offer:
 
 
 def run(compilation: Compilation) -> PassResult:
-    offers = collect(compilation.ir)
+    offers = collect(compilation.ir, compilation.rules)
     decisions = decide(compilation.rules, [offer.candidate for offer in offers])
     result = PassResult()
     for warning in decisions.warnings:
@@ -91,7 +105,7 @@ def run(compilation: Compilation) -> PassResult:
             compilation.console.warn(remark.reason)
     result.remarks += unweighted
     if not result.changed:
-        text = "the rules change no layer of this model"
+        text = "the rules change no layer of this model" + unmatched_rules(compilation, offers)
         compilation.console.warn(text)
         result.remarks.append(missed("nothing-marked", text))
     plans = [plan for _, plan in planned(compilation.ir.graph)]
@@ -104,10 +118,35 @@ def run(compilation: Compilation) -> PassResult:
         offer.node.meta[TAP_PLAN] = TapPlan(offer.candidate.name, role, distill, rules)
         result.matched += 1
         result.changed += 1
-        result.remarks.append(passed("tap-marked", f"distill at {role}", offer.candidate.name))
+        text = f"distill at {tap_place(offer, offers)}"
+        result.remarks.append(passed("tap-marked", text, offer.candidate.name))
     if not compilation.options.dry_run:
         require_data(compilation)
     return result
+
+
+def unmatched_rules(compilation: Compilation, offers: Sequence[Offer]) -> str:
+    """Why the rules that would change layers match none, as the end of a sentence."""
+    candidates = [offer.candidate for offer in offers]
+    found = [
+        why_unmatched(located.rule, candidates)[0]
+        for located in compilation.rules.rules
+        if {located.rule.sparsity, located.rule.quantize} - {None, "none"}
+        and not any(matches(located.rule.match, candidate) for candidate in candidates)
+    ]
+    return f": {found[0]}" if found else ""
+
+
+def tap_place(offer: Offer, offers: Sequence[Offer]) -> str:
+    """What a tap sees: its role, of a stage's end also which stage, and the feature map."""
+    role = offer.roles[0] if offer.roles else offer.candidate.op
+    if role == STAGE_END:
+        ends = [other.node for other in offers if STAGE_END in other.roles]
+        role = f"end of stage {ends.index(offer.node) + 1} of {len(ends)}"
+    sizes = (static_shape(offer.node) or ())[1:]
+    if len(sizes) == 2:
+        return f"{role}: {sizes[0]} tokens of {sizes[1]}"
+    return f"{role}: {'x'.join(str(size) for size in sizes)}" if sizes else role
 
 
 def mark_attentions(
@@ -190,50 +229,42 @@ def looking_at_inputs(plans: Sequence[LayerPlan]) -> set[str]:
     return found | {"smooth" for block in blocks if block.smooth is not None}
 
 
-def collect(graph_module: torch.fx.GraphModule) -> list[Offer]:
-    """Everything the rules can match, in graph order, under unique names."""
+def collect(graph_module: torch.fx.GraphModule, rules: Rules | None = None) -> list[Offer]:
+    """Everything the rules can match, in graph order, under unique names.
+
+    What has a role is among it, whatever operator it is.
+
+    Raises:
+        InputError: the `rules` give a role to a name that the graph does not have.
+    """
     graph = graph_module.graph
-    roles = find_roles(graph)
     dependent = input_dependent(graph)
     residuals = set(residual_adds(graph, value_dependent(graph)))
-    offers: list[Offer] = []
-    taken: dict[str, int] = {}
-    readers: dict[str, int] = {}
     attentions = find_attentions(graph)
+    roles = find_roles(graph)
+    if rules is not None and (given := rules.file.roles.given()):
+        layers = named_nodes(graph, roles, residuals, attentions)
+        roles = with_named_roles(graph, roles, given, layers, residuals, rules.roles_at)
+    readers: dict[str, int] = {}
     for node in graph.nodes:
         if node.op == "get_attr":
             readers[str(node.target)] = readers.get(str(node.target), 0) + len(node.users)
-    for node in graph.nodes:
-        op = "attention" if node in attentions else op_of(node)
-        if op is None or (op == "add" and node not in residuals):
-            continue  # Other adds are biases, position embeddings and the like.
+    offers: list[Offer] = []
+    for name, node in named_nodes(graph, roles, residuals, attentions).items():
         source = weight_source(node) if is_weighted(node) else None
         weight = str(source.target) if source is not None else None
-        name = _unique(layer_name(node, weight), taken)
         shape = tuple(tensor_attribute(graph_module, weight).shape) if weight else ()
         refusal = None
         if is_weighted(node):
-            if weight is None:
-                refusal = "the weight is computed in the graph, not stored"
-            elif node not in dependent:
-                refusal = (
-                    "its input is a constant, so the layer runs once, when the engine is built"
-                )
-            elif readers[weight] > 1:
-                refusal = f"{readers[weight]} operators read the weight {weight}"
-            elif not isinstance(tensor_attribute(graph_module, weight), torch.nn.Parameter):
-                refusal = f"the weight {weight} is a buffer, not a parameter"
-            elif node.target is torch.ops.aten.conv2d.padding:
-                refusal = f"padding {node.args[4]!r} is uneven: give it as numbers"
-            elif op == "conv2d" and _groups(node) != 1:
-                refusal = f"grouped convolution ({_groups(node)} groups)"
+            refusal = uncompressible(graph_module, node, weight, dependent, readers)
         candidate = Candidate(
             name=name,
-            op=op,
+            op="attention" if node in attentions else op_of(node) or operator_name(node),
             roles=frozenset(roles.get(node, ())),
             module_class=module_class(node),
             in_features=shape[REDUCTION_AXIS] if len(shape) > 1 else None,
             out_features=shape[0] if shape else None,
+            kernel_size=max(kernel_size(node), default=1) if is_weighted(node) else None,
         )
         offers.append(
             Offer(
@@ -247,6 +278,49 @@ def collect(graph_module: torch.fx.GraphModule) -> list[Offer]:
             )
         )
     return offers
+
+
+def named_nodes(
+    graph: torch.fx.Graph,
+    roles: Roles,
+    residuals: set[torch.fx.Node],
+    attentions: Mapping[torch.fx.Node, Attention],
+) -> dict[str, torch.fx.Node]:
+    """The nodes that rules can speak about, in graph order, by unique names."""
+    named: dict[str, torch.fx.Node] = {}
+    taken: dict[str, int] = {}
+    for node in graph.nodes:
+        op = "attention" if node in attentions else op_of(node)
+        if op == "add" and node not in residuals:
+            op = None  # Other adds are biases, position embeddings and the like.
+        if node.op == "call_function" and (op is not None or node in roles):
+            source = weight_source(node) if is_weighted(node) else None
+            name = layer_name(node, str(source.target) if source is not None else None)
+            named[_unique(name, taken)] = node
+    return named
+
+
+def uncompressible(
+    graph_module: torch.fx.GraphModule,
+    node: torch.fx.Node,
+    weight: str | None,
+    dependent: set[torch.fx.Node],
+    readers: Mapping[str, int],
+) -> str | None:
+    """Why the weight of a linear or a convolution cannot be compressed at all."""
+    if weight is None:
+        return "the weight is computed in the graph, not stored"
+    if node not in dependent:
+        return "its input is a constant, so the layer runs once, when the engine is built"
+    if readers[weight] > 1:
+        return f"{readers[weight]} operators read the weight {weight}"
+    if not isinstance(tensor_attribute(graph_module, weight), torch.nn.Parameter):
+        return f"the weight {weight} is a buffer, not a parameter"
+    if node.target is torch.ops.aten.conv2d.padding:
+        return f"padding {node.args[4]!r} is uneven: give it as numbers"
+    if groups_of(node) != 1:
+        return f"grouped convolution ({groups_of(node)} groups)"
+    return None
 
 
 def layer_name(node: torch.fx.Node, weight: str | None) -> str:
@@ -264,12 +338,6 @@ def _unique(name: str, taken: dict[str, int]) -> str:
     return name if taken[name] == 1 else f"{name}#{taken[name]}"
 
 
-def _groups(node: torch.fx.Node) -> int:
-    groups = node.args[6] if len(node.args) > 6 else 1
-    assert isinstance(groups, int)
-    return groups
-
-
 def make_plan(offer: Offer, decision: Decision, compute: Sequence[str]) -> LayerPlan:
     """The plan of a weighted operator, with what its shape does not allow refused."""
     sparsity = decision.sparsity
@@ -285,6 +353,7 @@ def make_plan(offer: Offer, decision: Decision, compute: Sequence[str]) -> Layer
         quantize=quantize,
         requested=treatment(sparsity, quantize),
         rules=tuple(str(hit) for hit in decision.chain),
+        module=offer.candidate.module_class,
     )
     if plan.requested == Treatment():
         return plan

@@ -26,6 +26,10 @@ from gpusq_compile.remarks import analysis, missed, passed
 from gpusq_compile.second_moments import LayerInputs
 from gpusq_compile.sparsity import PATTERNS
 
+LOOK = 6 * 10**8
+"""Parameters times samples that a look at mean squares is worth: of a large model fewer batches
+than the other passes see tell them well enough."""
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -121,7 +125,8 @@ def input_squares(
     ]
     if not looking:
         return {}
-    inputs = LayerInputs(compilation, "a permutation for masks that are chosen by inputs")
+    what = "a permutation for masks that are chosen by inputs"
+    inputs = LayerInputs(compilation, what, most=LOOK)
     return {node: inputs.mean_squares(node, plan.name) for node, plan in looking}
 
 

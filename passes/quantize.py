@@ -34,7 +34,7 @@ from gpusq_compile.quantization.fake_quantize import (
     IntegerRange,
 )
 from gpusq_compile.remarks import Remark, analysis, missed, passed
-from gpusq_compile.second_moments import LayerInputs, as_matrix, as_weight, output_error
+from gpusq_compile.second_moments import LayerInputs, as_matrix, as_weight, output_errors
 from gpusq_compile.sparsity import REDUCTION_AXIS, Mask
 
 SCALE_TYPES = {"fp16": torch.float16, "fp32": torch.float32}
@@ -232,8 +232,8 @@ def round_by_inputs(
                 mask=None if mask is None else as_matrix(mask),
                 grid=Grid(module.exported_scale(), module.grid),
             )
-            error = output_error(before, after, moments)
-            nearest = output_error(before, as_matrix(module(weight)), moments)
+            to_nearest = as_matrix(module(weight))
+            error, nearest = output_errors(before, (after, to_nearest), moments)
             graph_module.get_parameter(plan.weight).copy_(as_weight(after, weight.shape))
             inputs.settle(node, module(as_weight(after, weight.shape)))
             text = f"gptq: output error {error:.2%} (to the nearest: {nearest:.2%})"
@@ -295,7 +295,7 @@ def calibrate(
     if compilation.source.synthetic:
         text = (
             "no data was given, so activation scales come from generated noise and fit no real "
-            "image; --data imagefolder:DIR gives real ones"
+            f"image; --data {compilation.source.data_forms} gives real ones"
         )
         compilation.console.warn(text)
         result.remarks.append(missed("synthetic-calibration", text))

@@ -49,7 +49,7 @@ def run(compilation: Compilation) -> PassResult:
     if compilation.source.synthetic:
         text = (
             "no data was given, so the blocks were fitted to generated noise and not to real "
-            "images; --data imagefolder:DIR gives real ones"
+            f"images; --data {compilation.source.data_forms} gives real ones"
         )
         compilation.console.warn(text)
         result.remarks.append(missed("synthetic-reconstruction", text))

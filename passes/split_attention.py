@@ -16,8 +16,8 @@ from gpusq_compile.attention_plan import ATTENTION_PLAN, planned_attentions
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.graph.attention import fused_arguments
 from gpusq_compile.graph.edit import finish, insert_call
+from gpusq_compile.graph.products import FUSED_ATTENTION
 from gpusq_compile.graph.query import aten
-from gpusq_compile.graph.roles import FUSED_ATTENTION
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.plan import TAP_PLAN
 from gpusq_compile.remarks import passed

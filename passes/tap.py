@@ -1,12 +1,14 @@
-"""tap: attach a distillation tap at each critical layer that the rules named.
+"""tap: attach a distillation tap at each critical layer that the rules named, and find decisions.
 
 Needs `marked`. Inserts an identity `Tap` module behind the node, through which the fine-tune
-reads the feature maps of Algorithm 1, lines 4 and 21. Guarantees `tapped`.
+reads the feature maps of Algorithm 1, lines 4 and 21. Behind each discrete decision of the model it
+inserts a `Decision`, through which the student takes it over from the teacher. Guarantees `tapped`.
 """
 
 from __future__ import annotations
 
 from gpusq_compile.compilation import Compilation
+from gpusq_compile.finetune.decisions import Decision, find_decisions
 from gpusq_compile.finetune.taps import Tap
 from gpusq_compile.graph.edit import finish, insert_behind, inserted_path
 from gpusq_compile.pass_base import Pass, PassResult
@@ -32,6 +34,15 @@ def run(compilation: Compilation) -> PassResult:
         # Without a fine-tune nobody misses them.
         note = missed if compilation.options.finetune else analysis
         result.remarks.append(note("no-taps", "no rule names a layer to distill at"))
+    settings = compilation.rules.finetune
+    trains = compilation.options.finetune and {settings.sparse, settings.quantize} != {"none"}
+    if trains and settings.decisions == "teacher":
+        for name, node in find_decisions(graph_module.graph):
+            insert_behind(graph_module, inserted_path("decision", name), Decision(name), node)
+            result.matched += 1
+            result.changed += 1
+            text = "in the fine-tune the student computes with the teacher's decision"
+            result.remarks.append(passed("decision-shared", text, name))
     finish(graph_module)
     return result
 

@@ -24,12 +24,11 @@ from gpusq_compile.compilation import Compilation
 from gpusq_compile.data import some_batches
 from gpusq_compile.errors import InputError
 from gpusq_compile.graph.functional import is_write, make_functional
-from gpusq_compile.graph.query import module_path, output_nodes, source_frames, source_line
-from gpusq_compile.lowering.decompose import untranslatable
+from gpusq_compile.graph.query import output_nodes, source_line
 from gpusq_compile.lowering.lift import convention_of
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.remarks import analysis, missed
-from gpusq_compile.user_code import innermost_place, user_error
+from gpusq_compile.user_code import user_error
 
 MIN_BATCH = 2
 """`torch.export` specializes batch sizes 0 and 1, so the trace needs two or more."""
@@ -55,7 +54,6 @@ def run(compilation: Compilation) -> PassResult:
     check_program(program)
     compilation.convention = convention_of(program, outputs)
     compilation.graph = graph_module
-    check_operators(graph_module)
     compilation.parameter_shapes = {
         name: parameter.shape for name, parameter in module.named_parameters()
     }
@@ -63,6 +61,9 @@ def run(compilation: Compilation) -> PassResult:
     nodes = len(compilation.graph.graph.nodes)
     result = PassResult(matched=1, changed=1)
     result.remarks.append(analysis("traced", f"{nodes} nodes from {source.origin}"))
+    for code, text in source.facts:
+        compilation.console.info(text)
+        result.remarks.append(analysis(code, text))
     for code, text in source.notes:
         compilation.console.warn(text)
         result.remarks.append(missed(code, text))
@@ -209,22 +210,6 @@ def check_program(program: torch.export.ExportedProgram) -> None:
             "forward() returns one tensor twice, or one of its inputs as it is",
             hint="return each result once, or compile a submodule with --scope",
         )
-
-
-def check_operators(graph_module: torch.fx.GraphModule) -> None:
-    """Raise InputError for an operator that ONNX has no words for, before any work is done."""
-    node = untranslatable(graph_module.graph)
-    if node is None:
-        return
-    path = module_path(node)
-    inside = f" in '{path}'" if path else ""
-    raise InputError(
-        "operator-not-in-onnx",
-        f"the ONNX exporter cannot translate {node.target}{inside}",
-        location=innermost_place(source_frames(node)),
-        hint="--scope PATH, or `scope:` in the rules, compiles a submodule without it; "
-        "or say it with other operators",
-    )
 
 
 @contextlib.contextmanager

@@ -26,7 +26,13 @@ from gpusq_compile.data import logits_of
 from gpusq_compile.errors import CheckFailed, InputError
 from gpusq_compile.lowering.check import check_layers
 from gpusq_compile.lowering.check_attention import check_attentions
-from gpusq_compile.lowering.runtime import SessionModule, compare, open_session, structured
+from gpusq_compile.lowering.runtime import (
+    Numerics,
+    SessionModule,
+    compare,
+    open_session,
+    structured,
+)
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.plan import Treatment, planned
 from gpusq_compile.remarks import analysis, passed
@@ -50,6 +56,14 @@ def run(compilation: Compilation) -> PassResult:
     session = open_session(path)
     numerics = compare(compilation.expected, session, logits_finder(compilation))
     limits = compilation.rules.verify
+    if compilation.source.synthetic and numerics.disagreements is not None:
+        # On noise no class is right, and which of them wins is an accident of the last digits.
+        limits = limits.model_copy(update={"min_top1_agreement": 0.0})
+        text = (
+            f"{numerics.disagreements} of {numerics.samples} top-1 answers differ, on generated "
+            "noise, where none is right: the limit on them is left out"
+        )
+        result.remarks.append(analysis("top1-on-noise", text))
     compilation.verify = {
         "structure": {
             "layers": len(stored),
@@ -63,7 +77,7 @@ def run(compilation: Compilation) -> PassResult:
     compilation.verify["ok"] = not faults
     if faults:
         more = f" (and {len(faults) - 1} more, in the report)" if len(faults) > 1 else ""
-        raise CheckFailed("verify", f"{faults[0]}{more}")
+        raise CheckFailed("verify", f"{faults[0]}{more}", hint=near_ties(numerics, faults[0]))
     result.remarks.append(passed("structure", f"{len(stored)} layers are stored as planned"))
     result.remarks.append(
         analysis(
@@ -77,6 +91,18 @@ def run(compilation: Compilation) -> PassResult:
     stand_in = SessionModule(session, compilation.convention, compilation.device)
     measure(compilation, "onnx", stand_in)
     return result
+
+
+def near_ties(numerics: Numerics, fault: str) -> str | None:
+    """What to say where answers differ because the model itself hardly decides between them."""
+    if "min_top1_agreement" not in fault or not numerics.undecided:
+        return None
+    return (
+        f"in the graph the best class leads the next one by {numerics.median_lead:.2f} standard "
+        f"deviations in the median, and outputs differ by up to {numerics.max_difference:.2f}: the "
+        "model is undecided, as one without trained weights is; `verify: {min_top1_agreement: 0}` "
+        "in the rules leaves top-1 out"
+    )
 
 
 def logits_finder(compilation: Compilation) -> Callable[[list[torch.Tensor]], torch.Tensor] | None:

@@ -20,9 +20,12 @@ from tests.command_line import ONE_SHOT, TINY, Run, compile_here, finish, start,
 
 SHORT = ("--rules", "int8", "--steps", "3", "--engine", "none")
 FILES = [
-    *("build_engine.sh", "graph.json", "manifest.json", "model.onnx", "report.json"),
-    "weights.safetensors",
+    *("build_engine.sh", "evidence.json", "graph.json", "manifest.json", "model.onnx"),
+    *("report.html", "report.json", "weights.safetensors"),
 ]
+
+FAILED = ["evidence.json", "manifest.json", "report.html", "report.json"]
+"""The files of a run that a gate or the verification failed."""
 
 
 def read(path: Path | str) -> Any:
@@ -65,7 +68,8 @@ class TestRealRun:
         said = re.compile(
             r"the model file prints this|compiling |top-1|passes|layers|fine-tune |"
             r"ONNX Runtime against|sparse kernels|stored layers: |compute: |"
-            r"equivalent FLOPs: |size: |packed: |runs as: |wrote |[┏┃┡│├└]"
+            r"equivalent FLOPs: |size: |packed: |runs as: |wrote |[┏┃┡│├└]|  requested: |  -: |"
+            r"[a-z_ ]+: \d+ s$"
         )
         assert [line for line in run.err.splitlines() if not said.match(line)] == []
 
@@ -222,7 +226,9 @@ class TestOptions:
     def test_dump_after_changed_leaves_out_passes_that_change_nothing(self, compiled: Any) -> None:
         compiled(*ONE_SHOT, "-o", "out", "-q", "--dump-after", "changed")
         dumped = files_of("out/dumps")
-        assert "07-sparsify.txt" in dumped
+        assert "07-sparsify.diff" in dumped
+        assert "15-export_onnx.txt" in dumped, "the model has no line in common with the graph"
+        assert "16-surgery.diff" in dumped
         assert not any("finetune" in name for name in dumped)
 
     def test_scope_compiles_one_submodule(self, compiled: Any) -> None:
@@ -255,7 +261,8 @@ class TestOptions:
         }
         assert rows["fc1"] == ["1", "64x32", "2:4 int8", "int8", "int8"]
         assert rows["head"] == ["1", "4x32", "-", "-", "-"]
-        assert "distilled at: patch_embed (patch_embed), norm (final_projection)" in run.err
+        assert "distilled at:\n  patch_embed: patch_embed: " in run.err
+        assert "\n  norm: final_projection: " in run.err
         assert "nothing was written" in run.err
         assert "top-1" not in run.err
 
@@ -269,7 +276,10 @@ class TestOptions:
         Path("rules.yaml").write_text(ODD_RULES)
         run = compiled("--rules", "rules.yaml", "--dry-run", model=variant(here, ODD))
         assert re.search(r"│ odd +│ 1 +│ 6x1x3x3 │ 2:4 int8: refused │", run.err)
-        assert "refused on 1 layer: 2:4 needs a reduction axis that is a multiple of 4" in run.err
+        assert (
+            "refused on 1 layer (odd): 2:4 needs a reduction axis that is a multiple of 4"
+            in run.err
+        )
 
     def test_the_gate_on_accuracy_fails_with_by_how_much(self, compiled: Any, here: Path) -> None:
         path = variant(here, WORSE)
@@ -281,7 +291,7 @@ class TestOptions:
         report = read("out/report.json")
         assert float(found[1]) == pytest.approx(100 * (1 - report["accuracy"]["onnx"]), abs=0.01)
         assert float(found[2]) == pytest.approx(100 * report["accuracy"]["onnx"], abs=0.01)
-        assert files_of("out") == ["manifest.json", "report.json"]
+        assert files_of("out") == FAILED
         assert report["status"] == "failed"
         assert report["error"]["code"] == "max-drop"
         assert json.loads(run.out) == report
@@ -298,7 +308,7 @@ class TestOptions:
         path = variant(here, WORSE)
         compiled(*ONE_SHOT, "-o", "out", "-q", model=path)
         compiled(*ONE_SHOT, "--max-drop", 5, "-o", "out", "-q", model=path, code=1)
-        assert files_of("out") == ["manifest.json", "report.json"]
+        assert files_of("out") == FAILED
 
     def test_strict_fails_on_what_was_asked_and_not_done(self, compiled: Any, here: Path) -> None:
         Path("rules.yaml").write_text(ODD_RULES)
@@ -310,7 +320,7 @@ class TestOptions:
         assert "odd" in run.error
         assert "multiple of 4, found 1" in run.error
         assert len(run.err.splitlines()) == 1
-        assert files_of("out") == ["manifest.json", "report.json"]
+        assert files_of("out") == FAILED
 
 
 # A convolution whose reduction axis has one channel, and rules that want it pruned.

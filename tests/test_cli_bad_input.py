@@ -569,7 +569,8 @@ def test_a_count_that_differs_fails_the_check_and_leaves_a_report(
     run = compile_here(monkeypatch, capsys, *args)
     assert run.code == 1
     assert "rules.yaml:3:5: error[expect-mismatch]: rule 'a' expects 99 layers and" in run.error
-    assert sorted(os.listdir("out")) == ["manifest.json", "report.json"]
+    found = sorted(os.listdir("out"))
+    assert found == ["evidence.json", "manifest.json", "report.html", "report.json"]
 
 
 # Options: the arguments after the model and the rules, parts of the message.
@@ -711,11 +712,12 @@ class TestLibraryModels:
                     "1 of another shape (first: head.bias is [7], the model has [1000])",
                 ],
             ),
-            (["--data", "coco:."], ["error[unknown-data]: --data coco:.", "imagefolder:DIR"]),
+            (["--data", "coco:."], ["error[data-for-another-task]", "imagefolder:DIR"]),
+            (["--data", "cocoo:."], ["error[unknown-data]: --data cocoo:.", "'coco'?"]),
             (["--data", "."], ["error[unknown-data]", "did you mean imagefolder:.?"]),
             (["--data", "imagefolder:nowhere"], ["error[data-missing]: no folder at nowhere"]),
             (["--data", "imagefolder:flat"], ["error[data-not-an-imagefolder]: flat", "per class"]),
-            (["--data", "imagefolder:torn"], ["error[data-failed]", "batch 0", "torn/a/1.png"]),
+            (["--data", "imagefolder:torn"], ["error[image-unreadable]: torn/a/1.png: "]),
         ],
     )
     def test_bad_weights_and_data_are_named(

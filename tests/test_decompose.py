@@ -108,8 +108,8 @@ class Unknown(nn.Module):
 
 def test_an_operator_that_onnx_lacks_is_refused_before_any_work_with_its_place() -> None:
     with pytest.raises(InputError) as caught:
-        run_until(begin(Unknown().eval(), noise(2, 32), make_rules()), "trace")
-    assert caught.value.code == "operator-not-in-onnx"
+        run_until(begin(Unknown().eval(), noise(2, 32), make_rules()), "canonicalize")
+    assert caught.value.code == "operator-unsupported"
     assert "kthvalue" in caught.value.message
     assert "--scope" in (caught.value.hint or "")
     place = caught.value.location

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from gpusq_compile.compilation import Compilation
-from gpusq_compile.driver import MEASURED_AFTER, missed_remarks, run_passes
+from gpusq_compile.driver import MEASURED_AFTER, run_passes
 from gpusq_compile.errors import CheckFailed, InternalError
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.passes import PIPELINE
-from gpusq_compile.remarks import analysis, missed, passed
+from gpusq_compile.remarks import missed
 from tests.compilations import begin, fork, make_rules, run_until
 from tests.models import Perceptron, Shape, TinyViT, images, labelled, noise, seeded
 
@@ -128,9 +128,12 @@ class Scalar(nn.Module):
 
 def test_a_scalar_output_has_a_change_too() -> None:
     compilation = run_until(begin(Scalar().eval(), noise(2, 32), make_rules()), "canonicalize")
-    with torch.no_grad():
-        compilation.ir.get_parameter("layer.bias").add_(1.0)
-    run_passes(compilation, [step()])
+
+    def shift(compilation: Compilation) -> None:
+        with torch.no_grad():
+            compilation.ir.get_parameter("layer.bias").add_(1.0)
+
+    run_passes(compilation, [step(shift)])
     change = compilation.records[-1].change
     assert change is not None
     assert change > 1.0
@@ -148,17 +151,6 @@ def test_a_record_holds_what_the_pass_reported(compilation: Compilation) -> None
     assert [remark.as_dict() for remark in record.remarks] == [
         {"kind": "missed", "code": "no", "layer": "layer", "reason": "why"}
     ]
-
-
-def test_what_was_not_done_is_gathered_line_by_line(compilation: Compilation) -> None:
-    remarks = [
-        passed("a", "done"),
-        missed("b", "too small", "fc"),
-        missed("c", "no data"),
-        analysis("d", "x"),
-    ]
-    run_passes(compilation, [step(lambda _: PassResult(remarks=remarks))])
-    assert missed_remarks(compilation)[-2:] == ["mine: fc: too small", "mine: -: no data"]
 
 
 def test_a_pass_that_fails_leaves_no_record(compilation: Compilation) -> None:
@@ -187,7 +179,11 @@ def test_a_law_is_checked_after_every_pass(compilation: Compilation) -> None:
     [
         (("mark",), ["03-mark.txt"]),
         # Marking writes plans and changes no operator.
-        (("changed",), ["01-trace.txt", "02-canonicalize.txt", "07-sparsify.txt"]),
+        (("changed",), ["01-trace.txt", "02-canonicalize.diff", "07-sparsify.diff"]),
+        (
+            ("changed", "sparsify"),
+            ["01-trace.txt", "02-canonicalize.diff", "07-sparsify.diff", "07-sparsify.txt"],
+        ),
         (
             ("all",),
             [
@@ -206,6 +202,22 @@ def test_graphs_are_written_after_the_passes_that_were_asked_for(
     assert sorted(path.name for path in tmp_path.glob("dumps/*")) == files
     for path in tmp_path.glob("dumps/*"):
         assert "aten.linear.default(" in path.read_text()
+
+
+def test_what_a_pass_changed_is_written_and_nothing_else(tmp_path: Path) -> None:
+    model = seeded(TinyViT, Shape(depth=1))
+    wanted = ("changed", "tap", "sparsify")
+    run_until(begin(model, images(2), make_rules(), tmp_path, dump_after=wanted), "sparsify")
+    before, after = (
+        (tmp_path / "dumps" / name).read_text().splitlines()
+        for name in ("06-tap.txt", "07-sparsify.txt")
+    )
+    diff = (tmp_path / "dumps" / "07-sparsify.diff").read_text().splitlines()
+    assert diff[:2] == ["--- before sparsify", "+++ after sparsify"]
+    assert {line[1:] for line in diff[2:] if line[0] == "+"} == set(after) - set(before)
+    assert {line[1:] for line in diff[2:] if line[0] == "-"} == set(before) - set(after)
+    assert any("gpusq.mask" in line for line in diff if line[0] == "+")
+    assert len(diff) < len(after)
 
 
 def test_top1_is_measured_dense_sparse_and_quantized() -> None:

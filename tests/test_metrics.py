@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from gpusq_compile.accuracy import criterion, evaluate, measure
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.errors import CheckFailed, InputError
 from gpusq_compile.gates import Gates, check_gates
+from gpusq_compile.report.document import make_report
 from gpusq_compile.report.terminal import show_report
 from tests.compilations import begin, make_rules, run_until
 from tests.models import Detector, Shape, TinyViT, images, labelled, seeded
@@ -261,8 +263,9 @@ def test_a_gate_on_top1_says_that_metrics_are_not_compared(compilation: Compilat
     compilation.source.metrics = lambda outputs, batch: {"iou": 0.5, "dice": 0.5}
     for stage in ("dense", "onnx"):
         measure(compilation, stage, compilation.ir)
+    report = make_report(compilation, None, Path("none"))
     with pytest.raises(CheckFailed, match=r"metrics\(\) \(iou, dice\) are reported, and no gate"):
-        check_gates(compilation, Gates(max_drop=1.0))
+        check_gates(report, Gates(max_drop=1.0))
 
 
 def test_a_gate_on_top1_is_refused_at_once_where_there_are_metrics_alone() -> None:

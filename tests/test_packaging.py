@@ -94,6 +94,8 @@ def test_the_shipped_rules_and_passes_are_inside(wheel: Path) -> None:
     assert "gpusq_compile/rules/paper/deit_tiny.yaml" in names
     assert "gpusq_compile/passes/trace.py" in names
     assert "gpusq_compile/language/rules.schema.json" in names
+    assert "gpusq_compile/report/report.schema.json" in names
+    assert "gpusq_compile/codes/rules.md" in names
 
 
 def test_the_links_make_no_difference(wheel: Path, tmp_path: Path) -> None:

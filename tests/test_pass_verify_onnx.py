@@ -17,6 +17,7 @@ from gpusq_compile.compilation import Compilation
 from gpusq_compile.errors import CheckFailed
 from gpusq_compile.language.schema import Verify
 from gpusq_compile.lowering.runtime import Expected, Numerics, compare
+from gpusq_compile.passes.verify_onnx import near_ties
 from gpusq_compile.remarks import Kind
 from tests.compilations import begin, fork, remarks_of, run_until
 from tests.models import Shape, TinyViT, images, labelled, noise, seeded
@@ -193,6 +194,42 @@ def test_of_few_samples_one_may_differ() -> None:
     numerics = compared((found, reference), logits=True)
     assert numerics.disagreements == 1
     assert numerics.shortfalls(Verify(min_cosine=-1, max_difference=10)) == []
+
+
+def flipped(compilation: Compilation) -> Compilation:
+    """The same file, and a graph that is told to have named another class for every sample."""
+    compilation.expected = [
+        Expected(batch.inputs, [-output for output in batch.outputs])
+        for batch in compilation.expected
+    ]
+    return limited(compilation, min_cosine=-1, max_difference=1e6)
+
+
+def test_on_generated_noise_top1_is_told_and_no_limit(ready: Compilation) -> None:
+    ready.source.synthetic = True
+    run_until(flipped(ready), "verify_onnx")
+    assert ready.verify["ok"] is True
+    assert ready.verify["numerics"]["top1_agreement"] == 0.0
+    assert ready.verify["limits"]["min_top1_agreement"] == 0.0
+    remark = next(r for r in remarks_of(ready, "verify_onnx") if r.code == "top1-on-noise")
+    assert "16 of 16 top-1 answers differ" in remark.reason
+
+
+def test_a_model_that_hardly_decides_is_told_apart_from_one_that_is_wrong(
+    ready: Compilation,
+) -> None:
+    error = failure(flipped(ready))
+    assert "agrees with the graph's top-1 on 0.0%" in error.message
+    assert error.hint is not None
+    assert "min_top1_agreement: 0" in error.hint
+    decided = Numerics(16, 0.9, 0.1, 0, disagreements=8, median_lead=2.0)
+    assert near_ties(decided, "limit min_top1_agreement 97.0%") is None
+
+
+def test_the_median_lead_is_between_the_two_best_classes() -> None:
+    reference = torch.tensor([[3.0, 1.0, -1.0, -3.0]] * 3 + [[3.0, 3.0, -3.0, -3.0]])
+    numerics = compared((reference, reference), logits=True)
+    assert numerics.median_lead == pytest.approx(2.0 / reference.std(correction=0).item())
 
 
 @pytest.mark.parametrize("where", [0, 1, 2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -106,7 +107,10 @@ def test_logs_in_the_engine_folder_are_read_and_the_report_stays(
     run = shown(folder)
     assert (run.code, run.err) == (0, "")
     assert "sparse kernels" in run.out
-    assert "no sparse kernel for 2 layers: its output is not INT8" in run.out
+    assert (
+        "no sparse kernel for 2 layers (blocks.0.attn.proj, blocks.0.mlp.fc2): its output"
+        in run.out
+    )
     assert "model.trt: 1 ms with sparse kernels, 1.3 ms without: 1.30x" in run.out
     assert (folder / "report.json").read_bytes() == before
     merged = json.loads(shown(folder, "--format", "json").out)
@@ -237,3 +241,58 @@ def test_a_reader_that_stops_early_is_no_error(finished: Path) -> None:
     assert process.stderr.read() == ""
     process.stderr.close()
     assert process.wait() == 0
+
+
+def opened(folder: Path, browser: Path) -> tuple[Run, str]:
+    """`gpusq-report FOLDER --open` with a browser that writes down what it is to open."""
+    address = browser / "address"
+    program = browser / "browser.sh"
+    program.write_text(f'#!/bin/sh\nprintf %s "$1" > {address}\n')
+    program.chmod(0o755)
+    code = "from gpusq_compile.report_cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder), "--open"],
+        env={**os.environ, "BROWSER": f"{program} %s", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return Run(done.returncode, done.stdout, done.stderr), (
+        address.read_text() if address.exists() else ""
+    )
+
+
+def test_open_shows_the_page_that_the_run_wrote(finished: Path, tmp_path: Path) -> None:
+    before = (finished / "report.html").read_bytes()
+    run, address = opened(finished, tmp_path)
+    assert (run.code, run.err) == (0, "")
+    assert run.out == f"{finished / 'report.html'}\n"
+    assert address == (finished / "report.html").as_uri()
+    assert (finished / "report.html").read_bytes() == before
+
+
+def test_open_makes_a_missing_page_again_as_it_was(finished: Path, tmp_path: Path) -> None:
+    for name in ("report.json", "evidence.json"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    run, _ = opened(tmp_path, tmp_path)
+    assert run.code == 0, run.err
+    assert (tmp_path / "report.html").read_bytes() == (finished / "report.html").read_bytes()
+
+
+def test_open_says_what_a_page_without_evidence_lacks(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_bytes((finished / "report.json").read_bytes())
+    run, _ = opened(tmp_path, tmp_path)
+    assert run.code == 0
+    assert run.err.startswith("warning[no-evidence]: ")
+    (tmp_path / "report.html").unlink()
+    (tmp_path / "evidence.json").write_text("[1]")
+    assert opened(tmp_path, tmp_path)[0].err.startswith("warning[evidence-damaged]: ")
+
+
+def test_open_with_logs_makes_a_page_of_its_own(finished: Path, tmp_path: Path) -> None:
+    folder = with_engine_logs(finished, tmp_path, trt="trtexec_10_block.log")
+    run, address = opened(folder, tmp_path)
+    assert run.code == 0, run.err
+    assert address == (folder / "report-with-logs.html").as_uri()
+    assert "Logs of builds elsewhere" in (folder / "report-with-logs.html").read_text()
+    assert not (folder / "report.html").exists()

@@ -973,6 +973,7 @@ def test_every_code_of_a_file_has_a_case() -> None:
     elsewhere = {
         "expect-mismatch",
         "pattern-unmatched",
+        "role-unmatched",
         "rule-shadowed",
         "rule-unmatched",
         "rules-file-not-utf8",

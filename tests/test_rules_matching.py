@@ -25,7 +25,7 @@ from gpusq_compile.language.schema import Distill, Quantize, Sparsity
 
 def linear(name: str, *roles: str, size: tuple[int, int] = (64, 64)) -> Candidate:
     return Candidate(
-        name, "linear", frozenset(roles), "torch.nn.modules.linear.Linear", size[0], size[1]
+        name, "linear", frozenset(roles), "torch.nn.modules.linear.Linear", size[0], size[1], 1
     )
 
 
@@ -54,6 +54,10 @@ MODEL = [
     ),
     linear("head", "classifier", size=(64, 10)),
 ]
+CONVOLUTIONS = [
+    Candidate("wide", "conv2d", frozenset(), "torch.nn.modules.conv.Conv2d", 64, 64, 3),
+    Candidate("point", "conv2d", frozenset(), "torch.nn.modules.conv.Conv2d", 64, 64, 1),
+]
 
 
 def rules_of(*rules: dict[str, Any]) -> Rules:
@@ -64,6 +68,12 @@ def rules_of(*rules: dict[str, Any]) -> Rules:
 def names_matched(match: dict[str, Any]) -> list[str]:
     rules = rules_of({"match": match, "sparsity": "none"})
     return [c.name for c in MODEL if matches(rules.rules[0].rule.match, c)]
+
+
+def test_a_kernel_of_one_pixel_tells_the_gemms_from_other_convolutions() -> None:
+    rules = rules_of({"match": {"op": ["linear", "conv2d"], "kernel_size": 1}, "sparsity": "none"})
+    taken = [c.name for c in [MODEL[0], *CONVOLUTIONS] if matches(rules.rules[0].rule.match, c)]
+    assert taken == ["patch_embed.proj", "point"]
 
 
 def by_name(decisions: Decisions, name: str) -> Decision:

@@ -7,6 +7,7 @@ import torch.fx
 
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.data import Batch, check_labels, check_required_labels, logits_of
+from gpusq_compile.finetune.decisions import following
 from gpusq_compile.finetune.losses import (
     LossParts,
     combine,
@@ -29,8 +30,8 @@ def distillation_loss(
     """alpha * hard label + beta * soft logits + gamma * features of one batch.
 
     With a `loss` of the user's, that is the hard-label part, and the soft part is left out where
-    the compiled module's outputs hold no logits. The teacher runs without gradients. Losses are
-    float32 whatever the forward passes compute in.
+    the compiled module's outputs hold no logits. The teacher runs first, without gradients, and the
+    student takes over its decisions. Losses are float32 whatever the forward passes compute in.
 
     Args:
         where: what messages call the batch.
@@ -39,11 +40,10 @@ def distillation_loss(
         InputError: labels are missing or outside the model's classes, or the user's loss fails.
     """
     settings = compilation.rules.finetune
-    soft: torch.Tensor | None
-    if compilation.source.loss is not None:
-        hard, soft = _users_loss(compilation, student, teacher, batch, where)
-    else:
-        hard, soft = _classification_loss(compilation, student, teacher, batch, where)
+    own = compilation.source.loss is not None
+    losses = _users_loss if own else _classification_loss
+    with following(student, teacher):
+        hard, soft = losses(compilation, student, teacher, batch, where)
     taps = tap_losses(
         [feature.float() for feature in features_of(taps_of(student))],
         [feature.float() for feature in features_of(taps_of(teacher))],

@@ -18,6 +18,7 @@ from gpusq_compile.compilation import Compilation
 from gpusq_compile.data import batches, require_train_data
 from gpusq_compile.errors import CheckFailed, InputError
 from gpusq_compile.finetune import checkpoint
+from gpusq_compile.finetune.decisions import following
 from gpusq_compile.finetune.distill import distillation_loss, run_to_taps
 from gpusq_compile.finetune.feed import Feed, Position
 from gpusq_compile.finetune.limits import Limits
@@ -435,8 +436,9 @@ def tap_shares(
     limit = compilation.rules.calibration.batches
     with torch.no_grad(), listening(dense, sparse):
         for batch in batches(factory, "train_data", compilation.device, limit):
-            for model in (dense, sparse):
-                run_to_taps(compilation, model, batch)
+            with following(sparse, dense):
+                for model in (dense, sparse):
+                    run_to_taps(compilation, model, batch)
             ours, theirs = features_of(taps_of(sparse)), features_of(taps_of(dense))
             errors = tap_losses(ours, theirs, normalize)
             sums = [total + float(error) for total, error in zip(sums, errors, strict=True)]

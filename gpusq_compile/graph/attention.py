@@ -15,8 +15,15 @@ import torch
 import torch.fx
 
 from gpusq_compile.graph.channels import moves_data, name_of
-from gpusq_compile.graph.query import aten, is_weighted, shape_of, walk_inputs, walk_users
-from gpusq_compile.graph.roles import FUSED_ATTENTION, PRODUCTS, SOFTMAX
+from gpusq_compile.graph.products import FUSED_ATTENTION, PRODUCTS, SOFTMAX
+from gpusq_compile.graph.query import (
+    aten,
+    is_size,
+    is_weighted,
+    shape_of,
+    walk_inputs,
+    walk_users,
+)
 
 MATMULS: frozenset[object] = frozenset({aten.matmul.default, aten.bmm.default})
 SCORE_OPS: frozenset[object] = frozenset(
@@ -124,7 +131,7 @@ def moved_readers(node: torch.fx.Node) -> list[tuple[torch.fx.Node, torch.fx.Nod
         (user, source)
         for source in sorted(moved)
         for user in source.users
-        if user not in moved and not _is_size(user)
+        if user not in moved and not is_size(user)
     ]
 
 
@@ -214,11 +221,7 @@ def _other_readers(softmax: torch.fx.Node, product: torch.fx.Node) -> bool:
 
     reached = {softmax, *(user for user in walk_users(softmax, through) if through(user))}
     others = {user for node in reached for user in node.users} - reached - {product}
-    return not all(_is_size(user) for user in others)
-
-
-def _is_size(node: torch.fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), (int, torch.SymInt))
+    return not all(is_size(user) for user in others)
 
 
 def _over_last_axis(softmax: torch.fx.Node) -> bool:

@@ -53,6 +53,8 @@ def find_blocks(
     graph = graph_module.graph
     dependent = input_dependent(graph)
     cuts = cut_points(graph_module, usable)
+    if cuts and all(_behind_modules(node) is cuts[-1] for node in output_nodes(graph)):
+        cuts.pop()  # Behind it are inserted modules alone, and those belong to the block before.
     blocks = [
         _block(dependent, before, (cut,)) for before, cut in zip([None, *cuts], cuts, strict=False)
     ]

@@ -1,4 +1,4 @@
-"""Operators that write to their input (`relu_`, `x[:, 0] += y`) -> operators that return a value.
+"""Operators that write to their input (`relu_`, `x[..., :2] += y`) -> ones that return a value.
 
 Passes move nodes, which is legal only where no operator writes. `torch.export` can rewrite a whole
 program so, by tracing it a second time, which takes longer than the first. Here each such operator
@@ -8,13 +8,12 @@ scatter into what it is a view of, and what comes after reads the new values.
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.fx
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
 from gpusq_compile.graph.edit import insert_call
@@ -63,7 +62,7 @@ def _storages(node: torch.fx.Node) -> set[int]:
     """The memory that a node's value lies in, as it was traced."""
     leaves = tree_leaves(node.meta.get("val"))
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    return {StorageWeakRef(tensor.untyped_storage()).cdata for tensor in tensors}
+    return {tensor.untyped_storage()._cdata for tensor in tensors}
 
 
 def _replace(node: torch.fx.Node, sharing: Storages) -> bool:
@@ -88,7 +87,7 @@ def _replace(node: torch.fx.Node, sharing: Storages) -> bool:
         if value.meta["val"].dtype != node.meta["val"].dtype:
             return False  # What is written is cast to the type of what it is written to.
         fresh = [value]
-        for child, parent in itertools.pairwise(chain):
+        for child, parent in pairwise(chain):
             value = _written_back(child, parent, value)
             fresh.append(value)
     for old, new in zip(chain, fresh, strict=True):
@@ -121,6 +120,7 @@ def _written_back(
     graph = child.graph
     if child.target is aten.transpose.int:
         return insert_call(graph, child.target, (value, *child.args[1:]), provenance=child)
+    assert isinstance(child.target, torch._ops.OpOverload)
     scatter = SCATTERS[child.target]
     if scatter is None:
         return value

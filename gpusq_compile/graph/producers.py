@@ -28,8 +28,9 @@ from gpusq_compile.graph.channels import (
     same_position,
     size_of,
 )
+from gpusq_compile.graph.products import FUSED_ATTENTION, SOFTMAX
 from gpusq_compile.graph.query import aten, op_of, walk_inputs
-from gpusq_compile.graph.roles import ACTIVATIONS, FUSED_ATTENTION, NORMALIZATIONS, SOFTMAX
+from gpusq_compile.graph.roles import ACTIVATIONS, NORMALIZATIONS
 from gpusq_compile.plan import TAP_PLAN
 
 UNARY: frozenset[object] = frozenset(ACTIVATIONS) | {

@@ -5,11 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from operator import attrgetter
+from pathlib import Path
 
 import torch
 import torch.fx
 
+from gpusq_compile.errors import Location, relative_to_cwd
+from gpusq_compile.user_code import is_users
+
 aten = torch.ops.aten
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 
 OPS: dict[object, str] = {
     aten.linear.default: "linear",
@@ -26,8 +32,62 @@ def op_of(node: torch.fx.Node) -> str | None:
     return OPS.get(node.target) if node.op == "call_function" else None
 
 
+def operator_name(node: torch.fx.Node) -> str:
+    """An operator's own name, for one that the rules language has no word for: `batch_norm`."""
+    packet = getattr(node.target, "overloadpacket", None)
+    return str(getattr(packet, "__name__", None) or getattr(node.target, "__name__", node.target))
+
+
 def is_weighted(node: torch.fx.Node) -> bool:
     return op_of(node) in WEIGHTED_OPS
+
+
+def kernel_size(node: torch.fx.Node) -> tuple[int, ...]:
+    """The kernel of a convolution; () of a linear."""
+    weight = node.args[1]
+    assert isinstance(weight, torch.fx.Node)
+    return tuple(int(size) for size in (shape_of(weight) or ())[2:])
+
+
+def groups_of(node: torch.fx.Node) -> int:
+    """The groups of a convolution; 1 of a linear."""
+    groups = node.args[6] if op_of(node) == "conv2d" and len(node.args) > 6 else 1
+    assert isinstance(groups, int)
+    return groups
+
+
+def is_gemm(node: torch.fx.Node) -> bool:
+    """Whether each output position is a matrix times one input position: a linear, or a
+    convolution of one pixel."""
+    return is_weighted(node) and groups_of(node) == 1 and set(kernel_size(node)) <= {1}
+
+
+def mixes_channels(node: torch.fx.Node) -> bool:
+    """A weighted operator that makes new channels: any but a grouped convolution, which keeps
+    channels (or groups of them) to themselves."""
+    return is_weighted(node) and groups_of(node) == 1
+
+
+def elements_of(node: torch.fx.Node) -> object:
+    """How many elements a tensor has, comparable between nodes; None of what is no tensor.
+
+    A number, or with a dynamic batch its expression.
+    """
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return None
+    count = value.numel()
+    return count if isinstance(count, int) else count.node.expr
+
+
+def traced_elements(node: torch.fx.Node) -> int:
+    """How many elements a tensor has with the batch that it was traced on; 0 of what is none, and
+    where it depends on values."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return 0
+    count = value.numel()
+    return int(count if isinstance(count, int) else count.node.hint or 0)
 
 
 def tensor_attribute(graph_module: torch.fx.GraphModule, path: str) -> torch.Tensor:
@@ -98,16 +158,29 @@ def module_class(node: torch.fx.Node) -> str:
 
 
 def source_line(node: torch.fx.Node) -> str | None:
-    """`file:line` of the user's code that made this node, None when it was not kept."""
-    trace = node.meta.get("stack_trace")
-    if not trace:
+    """`file:line` of the code that made this node, None when it was not kept."""
+    place = place_of(node)
+    return None if place is None else f"{place.file}:{place.line}"
+
+
+def place_in(stack_trace: str) -> Location | None:
+    """The line of a node's stack trace that a person can change.
+
+    The innermost line that is neither this package's nor an installed library's, and where there
+    is none (the model itself is a library's) the innermost that is not PyTorch's own.
+    """
+    frames = [(match["file"], int(match["line"])) for match in _FRAME.finditer(stack_trace)]
+    if not frames:
         return None
-    lines = [line.strip() for line in str(trace).splitlines() if line.strip().startswith("File ")]
-    if not lines:
-        return None
-    parts = lines[-1].split('"')
-    line = parts[2].split("line ")[1].split(",")[0].strip()
-    return f"{parts[1]}:{line}"
+    own = [frame for frame in frames if is_users(Path(frame[0]))]
+    library = [frame for frame in frames if "torch" not in Path(frame[0]).parts]
+    file, line = (own or library or frames)[-1]
+    return Location(relative_to_cwd(Path(file)), line)
+
+
+def place_of(node: torch.fx.Node) -> Location | None:
+    """Where a node was written, for an error."""
+    return place_in(str(node.meta.get("stack_trace") or ""))
 
 
 def source_frames(node: torch.fx.Node) -> list[tuple[str, int]]:
@@ -126,17 +199,21 @@ def input_dependent(graph: torch.fx.Graph) -> set[torch.fx.Node]:
 
 
 def value_dependent(graph: torch.fx.Graph) -> set[torch.fx.Node]:
-    """The nodes whose value depends on the values of the inputs, and not on their sizes alone.
+    """The nodes whose value depends on the values of the graph's inputs.
 
-    A position embedding that is made for the size of a feature map is not among them.
+    What depends on parameters, and beside them on sizes such as the batch's, does not.
     """
     dependent: set[torch.fx.Node] = set()
     for node in graph.nodes:
-        if isinstance(node.meta.get("val"), (int, torch.SymInt)):
-            continue
-        if node.op == "placeholder" or any(arg in dependent for arg in node.all_input_nodes):
+        reads = any(source in dependent for source in node.all_input_nodes)
+        if (node.op == "placeholder" or reads) and not is_size(node):
             dependent.add(node)
     return dependent
+
+
+def is_size(node: torch.fx.Node) -> bool:
+    """Whether a node's value is a number rather than a tensor, as a size is."""
+    return isinstance(node.meta.get("val"), (int, torch.SymInt))
 
 
 def walk_users(

@@ -1,32 +1,43 @@
 """Roles of operators, found from the graph's dataflow and not from any library's names.
 
-- `patch_embed` (linear, conv2d): the first weighted operators downstream of the graph's inputs.
-- `attention_qkv` (linear): its output reaches an attention product with no other weighted
-  operator, activation or residual add between.
-- `attention_proj` (linear): the first linear downstream of an attention product.
-- `mlp` (linear): before or after an activation function.
-- `stage_end` (add): the last residual add of the last block of a stage.
+A GEMM is a linear or an ungrouped convolution of one pixel. Grouped convolutions, normalizations
+and activations lie on the way from one GEMM to the next.
+- `patch_embed` (linear, conv2d): where tokens begin: the last of the weighted operators that all
+  that reaches the first attention goes through. In front of it may lie a stem.
+- `attention_qkv` (GEMM): its output reaches a product of an attention with no other one between.
+- `attention_proj` (GEMM): the first one behind an attention.
+- `mlp` (GEMM): one of two that have an activation function between them.
+- `stage_end` (add): the last residual add of a stage.
 - `final_projection` (normalization): the last one before the classifier.
-- `classifier` (linear): its output reaches the graph's output with no other weighted operator,
+- `classifier` (GEMM): its output reaches the graph's output with no other weighted operator,
   normalization or residual add between.
 
-A stage is a run of blocks whose feature map has one shape; an isotropic model has one stage.
+A stage is a run of residual adds that hand on one feature map, with no weight between them; an
+isotropic model has one stage.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 
 import torch
 import torch.fx
 
+from gpusq_compile.graph.dominators import Dominators
+from gpusq_compile.graph.products import (
+    SOFTMAX,
+    attention_parts,
+    carries_values,
+)
 from gpusq_compile.graph.query import (
     input_dependent,
+    is_gemm,
+    is_size,
     is_weighted,
-    op_of,
+    mixes_channels,
     output_nodes,
     static_shape,
+    traced_elements,
     value_dependent,
     walk_inputs,
     walk_users,
@@ -45,74 +56,39 @@ ROLES = (
 )
 
 ACTIVATIONS = {
-    aten.gelu.default,
-    aten.relu.default,
-    aten.silu.default,
-    aten.sigmoid.default,
-    aten.tanh.default,
-    aten.hardswish.default,
-    aten.leaky_relu.default,
+    aten.celu.default,
     aten.elu.default,
+    aten.gelu.default,
+    aten.hardsigmoid.default,
+    aten.hardswish.default,
+    aten.hardtanh.default,
+    aten.leaky_relu.default,
+    aten.mish.default,
+    aten.prelu.default,
+    aten.relu.default,
+    aten.relu6.default,
+    aten.selu.default,
+    aten.sigmoid.default,
+    aten.silu.default,
+    aten.softplus.default,
+    aten.tanh.default,
 }
 NORMALIZATIONS = {
     aten.layer_norm.default,
     aten.group_norm.default,
     aten.batch_norm.default,
+    aten.instance_norm.default,
     aten.rms_norm.default,
 }
-FUSED_ATTENTION = {aten.scaled_dot_product_attention.default}
-SOFTMAX = {aten.softmax.int, aten._softmax.default}
-PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.einsum.default}
+
+SCALINGS = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.reshape.default}
 
 Roles = dict[torch.fx.Node, tuple[str, ...]]
 
 
 def find_roles(graph: torch.fx.Graph) -> Roles:
     """The roles of the graph's nodes; a node may have several, most have none."""
-    dependent = input_dependent(graph)
-    found: dict[torch.fx.Node, list[str]] = {}
-
-    def add(role: str, nodes: list[torch.fx.Node]) -> None:
-        for node in nodes:
-            found.setdefault(node, []).append(role)
-
-    attentions = attention_products(graph)
-    valued = value_dependent(graph)
-    residuals = residual_adds(graph, valued)
-    classifiers = _classifiers(graph, dependent, set(residuals))
-    first = _patch_embeddings(graph, valued)
-    # Without a patch embedding (a bare encoder, a scope of one block) a QKV layer comes first.
-    embeds = [n for n in first if _linear_role(n, attentions, residuals) != "attention_qkv"]
-    add("patch_embed", [n for n in embeds if n not in classifiers])
-    for node in graph.nodes:
-        unknown = op_of(node) == "linear" and node in dependent and node not in found
-        if not unknown or node in classifiers:
-            continue
-        role = _linear_role(node, attentions, residuals)
-        if role:
-            add(role, [node])
-    for node in graph.nodes:
-        unknown = op_of(node) == "linear" and node in dependent and node not in found
-        if unknown and _feeds_mlp(node, found, residuals):
-            add("mlp", [node])
-    add("stage_end", _stage_ends(graph, residuals, attentions))
-    add("final_projection", _final_projections(graph, classifiers))
-    add("classifier", classifiers)
-    return {node: tuple(roles) for node, roles in found.items()}
-
-
-def attention_products(graph: torch.fx.Graph) -> set[torch.fx.Node]:
-    """Fused attention nodes, and both matrix products around a softmax where it is spelled out."""
-    products: set[torch.fx.Node] = set()
-    for node in graph.nodes:
-        if node.target in FUSED_ATTENTION:
-            products.add(node)
-        elif node.target in SOFTMAX:
-            upstream = [n for n in walk_inputs(node, _moves_data) if n.target in PRODUCTS]
-            downstream = [n for n in walk_users(node, _moves_data) if n.target in PRODUCTS]
-            if upstream and downstream:
-                products.update(upstream, downstream)
-    return products
+    return _Search(graph).run()
 
 
 def residual_adds(graph: torch.fx.Graph, dependent: set[torch.fx.Node]) -> list[torch.fx.Node]:
@@ -121,135 +97,264 @@ def residual_adds(graph: torch.fx.Graph, dependent: set[torch.fx.Node]) -> list[
     Args:
         dependent: the nodes that depend on the inputs' values.
     """
-    skips = {
-        node: min(node.all_input_nodes)
+    skips = [(node, skipped(node)) for node in _adds_of_maps(graph, dependent)]
+    # What is added again in block after block is a position embedding, not the feature map.
+    added = Counter(skip for _, skip in skips)
+    return [node for node, skip in skips if skip is not None and added[skip] == 1]
+
+
+def skipped(add: torch.fx.Node) -> torch.fx.Node | None:
+    """The operand of a residual add that skips the branch; None where the add is no such one.
+
+    It is what the branch was computed from, or that after it was scaled: then there are weights in
+    the branch, which the two halves of a rotary embedding do not have.
+    """
+    earlier, later = sorted(add.all_input_nodes)
+    if earlier in branch_from(earlier, later):
+        return earlier
+    for operand, other in ((earlier, later), (later, earlier)):
+        base = operand
+        while base.target in SCALINGS and isinstance(base.args[0], torch.fx.Node):
+            base = base.args[0]
+        branch = branch_from(base, other) if base is not operand else set()
+        if base in branch and any(
+            is_weighted(node) and base in branch_from(base, node) for node in branch - {base}
+        ):
+            return operand
+    return None
+
+
+def branch_from(start: torch.fx.Node, end: torch.fx.Node) -> set[torch.fx.Node]:
+    """`end` and what it is computed from, not further back than to `start`."""
+    if end <= start:
+        return {end}
+    return {end, *walk_inputs(end, lambda node: node > start and not is_size(node))}
+
+
+class _Search:
+    """The search for roles in one graph, and what it asks of the graph again and again."""
+
+    def __init__(self, graph: torch.fx.Graph) -> None:
+        self.graph = graph
+        self.dependent = input_dependent(graph)
+        self.by_value = value_dependent(graph)
+        parts = attention_parts(graph, self.dependent)
+        self.attentions, self.head_mixers = parts.products, parts.head_mixers
+        residuals = residual_adds(graph, self.by_value)
+        nested = _nested(residuals)
+        self.trunk = [node for node in residuals if node not in nested]
+        self.in_trunk = set(self.trunk)
+        self.joins = {*nested, *_branch_joins(graph, self.dependent)}
+
+    def run(self) -> Roles:
+        found: dict[torch.fx.Node, list[str]] = {}
+
+        def add(role: str, nodes: list[torch.fx.Node]) -> None:
+            for node in nodes:
+                found.setdefault(node, []).append(role)
+
+        classifiers = self.classifiers()
+        gemms = [node for node in self.graph.nodes if is_gemm(node) and node in self.dependent]
+        queries = {node for node in gemms if self.feeds_attention(node)}
+        embeds = [n for n in self.patch_embeddings(queries) if n not in classifiers]
+        add("patch_embed", embeds)
+        for node in gemms:
+            if node in classifiers or node in self.head_mixers or node in found:
+                continue
+            if node in queries:
+                add("attention_qkv", [node])
+            elif self.reads_attention(node):
+                add("attention_proj", [node])
+            elif self.has_activation_to_another(node):
+                add("mlp", [node])
+        for node in gemms:
+            if node not in found and node not in classifiers and self.feeds_mlp(node, found):
+                add("mlp", [node])
+        add("stage_end", self.stage_ends(embeds, queries))
+        add("final_projection", self.final_projections(classifiers))
+        add("classifier", classifiers)
+        return {node: tuple(roles) for node, roles in found.items()}
+
+    def within(self, node: torch.fx.Node) -> bool:
+        """An operator between two GEMMs of one branch of a block."""
+        return (
+            carries_values(node)
+            and not mixes_channels(node)
+            and node not in self.attentions
+            and node not in self.in_trunk
+        )
+
+    def within_branch(self, node: torch.fx.Node) -> bool:
+        """The same, where no second branch with weights of its own joins."""
+        return self.within(node) and node not in self.joins
+
+    def feeds_attention(self, node: torch.fx.Node) -> bool:
+        """Whether a GEMM makes queries, keys, values, or attention weights from each token."""
+
+        def through(user: torch.fx.Node) -> bool:
+            # A softmax over something that no input decides is a table of positions.
+            return self.within(user) and (user.target not in SOFTMAX or user in self.by_value)
+
+        return any(user in self.attentions for user in walk_users(node, through))
+
+    def reads_attention(self, node: torch.fx.Node) -> bool:
+        return any(source in self.attentions for source in self.upstream(node))
+
+    def upstream(self, node: torch.fx.Node) -> list[torch.fx.Node]:
+        """What a weighted operator's input is made of, back to the GEMMs before it."""
+        data = node.args[0]
+        assert isinstance(data, torch.fx.Node)
+        return [data, *(walk_inputs(data, self.within) if self.within(data) else ())]
+
+    def has_activation_to_another(self, node: torch.fx.Node) -> bool:
+        """Whether an activation function lies between a GEMM and the one before or behind it."""
+        for source in self.upstream(node):
+            if source.target in ACTIVATIONS and self.within_branch(source):
+                return any(is_gemm(n) for n in walk_inputs(source, self.within_branch))
+        for user in walk_users(node, self.within_branch):
+            if user.target in ACTIVATIONS and self.within_branch(user):
+                return any(is_gemm(n) for n in walk_users(user, self.within_branch))
+        return False
+
+    def feeds_mlp(self, node: torch.fx.Node, found: dict[torch.fx.Node, list[str]]) -> bool:
+        """Whether a GEMM feeds an `mlp` one: the ungated half of a gated unit (SwiGLU) does."""
+        return any("mlp" in found.get(user, ()) for user in walk_users(node, self.within_branch))
+
+    def patch_embeddings(self, queries: set[torch.fx.Node]) -> list[torch.fx.Node]:
+        """The last weighted operators that all on the way to the first attentions goes through.
+
+        A model without attention has them in front of its first residual block; one without any
+        has the first weighted operators.
+        """
+        dominators = Dominators(self.graph, self.by_value)
+        behind: set[torch.fx.Node] = set()
+        for node in self.graph.nodes:
+            if node in self.attentions or not behind.isdisjoint(node.all_input_nodes):
+                behind.add(node)
+        starts = [n for n in self.graph.nodes if n in self.attentions] or self.trunk[:1]
+        found: list[torch.fx.Node] = []
+        for start in starts:
+            above = (n for n in dominators.of(start) if mixes_channels(n) and n not in queries)
+            nearest = next(above, None)
+            if nearest is not None and nearest not in behind and nearest not in found:
+                found.append(nearest)
+        if found:
+            return sorted(found)
+        # Without one (a bare encoder, a scope of one block) a QKV layer may come first.
+        return [node for node in self.first_weighted() if node not in queries]
+
+    def first_weighted(self) -> list[torch.fx.Node]:
+        """Weighted operators on the input's path with no weighted operator upstream."""
+        found: list[torch.fx.Node] = []
+        after: set[torch.fx.Node] = set()
+        for node in self.graph.nodes:
+            if not after.isdisjoint(node.all_input_nodes):
+                after.add(node)
+            elif is_weighted(node) and node in self.by_value:
+                found.append(node)
+                after.add(node)
+        return found
+
+    def classifiers(self) -> list[torch.fx.Node]:
+        def through(node: torch.fx.Node) -> bool:
+            # Probabilities in place of logits change nothing about who the classifier is.
+            return self.within(node) and node.target not in NORMALIZATIONS
+
+        found: list[torch.fx.Node] = []
+        for output in output_nodes(self.graph):
+            reachable = [output, *(walk_inputs(output, through) if through(output) else ())]
+            for node in reachable:
+                if is_gemm(node) and node in self.dependent and node not in found:
+                    found.append(node)
+        return found
+
+    def stage_ends(
+        self, embeds: list[torch.fx.Node], queries: set[torch.fx.Node]
+    ) -> list[torch.fx.Node]:
+        """The residual adds behind the patch embedding that no other one continues.
+
+        One continues another if it adds to that one's result, moved or normalized at most, and has
+        about as many elements: a class token makes no stage, and another resolution does.
+        """
+        adds = [
+            node
+            for node in self.trunk
+            if (not embeds or node > embeds[0]) and not self.adds_queries(node, queries)
+        ]
+        continued: set[torch.fx.Node] = set()
+        for node in adds:
+            skip = skipped(node)
+            assert skip is not None
+            size = traced_elements(node)
+            above = walk_inputs(skip, self.hands_on) if self.hands_on(skip) else ()
+            for source in (skip, *above):
+                if size / 2 < traced_elements(source) < size * 2:
+                    continued.add(source)
+        return [node for node in adds if node not in continued]
+
+    def adds_queries(self, add: torch.fx.Node, queries: set[torch.fx.Node]) -> bool:
+        """Whether what skips the branch are queries: an attention that adds them to its result."""
+        skip = skipped(add)
+        assert skip is not None
+        above = walk_inputs(skip, self.hands_on) if self.hands_on(skip) else ()
+        return not queries.isdisjoint((skip, *above))
+
+    def hands_on(self, node: torch.fx.Node) -> bool:
+        return carries_values(node) and not mixes_channels(node) and node not in self.in_trunk
+
+    def final_projections(self, classifiers: list[torch.fx.Node]) -> list[torch.fx.Node]:
+        """The normalization that feeds each classifier; without one, what feeds it."""
+        starts = [node.args[0] for node in classifiers] or output_nodes(self.graph)
+        found: list[torch.fx.Node] = []
+        for start in starts:
+            assert isinstance(start, torch.fx.Node)
+            upstream = [start, *(walk_inputs(start, self.within) if self.within(start) else ())]
+            norms = [node for node in upstream if node.target in NORMALIZATIONS]
+            choice = norms[0] if norms else start
+            if choice not in found:
+                found.append(choice)
+        return found
+
+
+def _adds_of_maps(graph: torch.fx.Graph, dependent: set[torch.fx.Node]) -> list[torch.fx.Node]:
+    """Adds of two different feature maps of one shape."""
+    return [
+        node
         for node in graph.nodes
         if node.target is aten.add.Tensor
         and len(node.all_input_nodes) == 2
         and all(operand in dependent for operand in node.all_input_nodes)
         and static_shape(node.all_input_nodes[0]) == static_shape(node.all_input_nodes[1])
         and len(static_shape(node) or ()) >= 3
-        and _is_skip(*node.all_input_nodes, dependent)
-    }
-    # What is added again in block after block is a position embedding, not the feature map.
-    added = Counter(skips.values())
-    return [node for node, earlier in skips.items() if added[earlier] == 1]
+    ]
 
 
-def _is_skip(first: torch.fx.Node, second: torch.fx.Node, dependent: set[torch.fx.Node]) -> bool:
-    """Whether one is computed from the other (a rotary embedding's two halves are not)."""
-    earlier, later = sorted((first, second))
-    return earlier in set(walk_inputs(later, lambda node: node > earlier and node in dependent))
+def _nested(residuals: list[torch.fx.Node]) -> set[torch.fx.Node]:
+    """The residual adds within the branch of another one (of an attention that adds its queries,
+    of what computes queries from the map)."""
+    found: set[torch.fx.Node] = set()
+    for node in residuals:
+        skip = skipped(node)
+        assert skip is not None
+        for operand in node.all_input_nodes:
+            inner = branch_from(skip, operand).intersection(residuals) if operand > skip else set()
+            found |= {add for add in inner if add > skip and skip in branch_from(skip, add)}
+    return found
 
 
-def _moves_data(node: torch.fx.Node) -> bool:
-    """Neither a weighted operator, an attention product, an activation nor a normalization."""
-    return (
-        node.op in ("call_function", "call_module")
-        and not is_weighted(node)
-        and node.target not in PRODUCTS | FUSED_ATTENTION | SOFTMAX | ACTIVATIONS | NORMALIZATIONS
-    )
+def _branch_joins(graph: torch.fx.Graph, dependent: set[torch.fx.Node]) -> list[torch.fx.Node]:
+    """Adds of two branches that each have weights of their own, as where a block changes sizes."""
 
+    def unweighted(node: torch.fx.Node) -> bool:
+        return carries_values(node) and not mixes_channels(node)
 
-def _patch_embeddings(graph: torch.fx.Graph, dependent: set[torch.fx.Node]) -> list[torch.fx.Node]:
-    """Weighted operators on the input's path with no weighted operator upstream."""
-    found: list[torch.fx.Node] = []
-    after_weight: set[torch.fx.Node] = set()
-    for node in graph.nodes:
-        if any(source in after_weight for source in node.all_input_nodes):
-            after_weight.add(node)
-        elif is_weighted(node) and node in dependent:
+    def weighted_above(node: torch.fx.Node) -> set[torch.fx.Node]:
+        above = [node, *(walk_inputs(node, unweighted) if unweighted(node) else ())]
+        return {source for source in above if mixes_channels(source)}
+
+    found = []
+    for node in _adds_of_maps(graph, dependent):
+        first, second = (weighted_above(operand) for operand in node.all_input_nodes)
+        if first and second and first.isdisjoint(second):
             found.append(node)
-            after_weight.add(node)
-    return found
-
-
-def _linear_role(
-    node: torch.fx.Node, attentions: set[torch.fx.Node], residuals: list[torch.fx.Node]
-) -> str | None:
-    def through(user: torch.fx.Node) -> bool:
-        # Query and key may be normalized on their way (SwinV2, ViTs with qk-norm).
-        return (_moves_data(user) or user.target in NORMALIZATIONS) and user not in residuals
-
-    if any(user in attentions for user in walk_users(node, through)):
-        return "attention_qkv"
-    data = node.args[0]
-    assert isinstance(data, torch.fx.Node)
-    upstream = [data, *(walk_inputs(data, _moves_data) if _moves_data(data) else ())]
-    if any(source in attentions for source in upstream):
-        return "attention_proj"
-    if any(source.target in ACTIVATIONS for source in upstream):
-        return "mlp"
-    if any(user.target in ACTIVATIONS for user in walk_users(node, _moves_data)):
-        return "mlp"
-    return None
-
-
-def _feeds_mlp(
-    node: torch.fx.Node, found: dict[torch.fx.Node, list[str]], residuals: list[torch.fx.Node]
-) -> bool:
-    """Whether a linear feeds an `mlp` one: the ungated half of a gated unit (SwiGLU) does."""
-
-    def through(user: torch.fx.Node) -> bool:
-        return _moves_data(user) and user not in residuals
-
-    return any("mlp" in found.get(user, ()) for user in walk_users(node, through))
-
-
-def _classifiers(
-    graph: torch.fx.Graph, dependent: set[torch.fx.Node], residuals: set[torch.fx.Node]
-) -> list[torch.fx.Node]:
-    def through(node: torch.fx.Node) -> bool:
-        # Probabilities in place of logits change nothing about who the classifier is.
-        ends = node.target in SOFTMAX | ACTIVATIONS
-        return (_moves_data(node) or ends) and node not in residuals
-
-    found: list[torch.fx.Node] = []
-    for output in output_nodes(graph):
-        reachable = [output, *(walk_inputs(output, through) if through(output) else ())]
-        for node in reachable:
-            if op_of(node) == "linear" and node in dependent and node not in found:
-                found.append(node)
-    return found
-
-
-def _stage_ends(
-    graph: torch.fx.Graph, residuals: list[torch.fx.Node], attentions: set[torch.fx.Node]
-) -> list[torch.fx.Node]:
-    """The last residual add before each change of the feature map's shape, and the last of all."""
-    if not attentions:
-        return []
-    order = {node: index for index, node in enumerate(graph.nodes)}
-    # Deformable attention weighs samples by a softmax without a product of queries and keys.
-    weighs = (node for node in graph.nodes if node in attentions or node.target in SOFTMAX)
-    first_attention = min(order[node] for node in weighs)
-    adds = [node for node in residuals if order[node] > first_attention]
-    ends = []
-    for node, following in itertools.zip_longest(adds, adds[1:]):
-        if following is None or _size(following) != _size(node):
-            ends.append(node)
-    return ends
-
-
-def _size(node: torch.fx.Node) -> int:
-    """Elements per sample: one number for [B, H, W, C] and [B, H * W, C] of one feature map."""
-    size = 1
-    for dimension in (static_shape(node) or ())[1:]:
-        size *= dimension or 1
-    return size
-
-
-def _final_projections(
-    graph: torch.fx.Graph, classifiers: list[torch.fx.Node]
-) -> list[torch.fx.Node]:
-    """The normalization that feeds each classifier; without one, what feeds it."""
-    starts = [node.args[0] for node in classifiers] or output_nodes(graph)
-    found: list[torch.fx.Node] = []
-    for start in starts:
-        assert isinstance(start, torch.fx.Node)
-        upstream = [start, *(walk_inputs(start, _moves_data) if _moves_data(start) else ())]
-        norms = [node for node in upstream if node.target in NORMALIZATIONS]
-        choice = norms[0] if norms else start
-        if choice not in found:
-            found.append(choice)
     return found

@@ -102,7 +102,7 @@ class _Run(torch.fx.Interpreter):
 
     def __init__(self, graph_module: torch.fx.GraphModule, call: Call) -> None:
         super().__init__(graph_module, garbage_collect_values=False)
-        self.args_iter = iter(_flat_inputs(graph_module, call))
+        self.args_iter = iter(flat_inputs(graph_module, call))
 
     def value_of(self, node: torch.fx.Node) -> Any:
         if node.op == "get_attr" and node not in self.env:
@@ -124,7 +124,7 @@ class _Run(torch.fx.Interpreter):
                 del self.env[source]
 
 
-def _flat_inputs(graph_module: torch.fx.GraphModule, call: Call) -> list[Any]:
+def flat_inputs(graph_module: torch.fx.GraphModule, call: Call) -> list[Any]:
     """The inputs in the order of the graph's placeholders, however the keywords are ordered."""
     information = getattr(graph_module.graph._codegen, "pytree_info", None)
     if information is None:

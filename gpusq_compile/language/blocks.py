@@ -114,6 +114,11 @@ OneOrMore = Annotated[
     AfterValidator(_check_unique),
     Shorthand(_one_or_more, lambda schema: {"anyOf": [schema["items"], schema]}),
 ]
+AnyNumber = Annotated[
+    tuple[T, ...],
+    AfterValidator(_check_unique),
+    Shorthand(_one_or_more, lambda schema: {"anyOf": [schema["items"], schema]}),
+]
 ListOf = Annotated[tuple[T, ...], Shorthand(_list, lambda schema: schema)]
 RisingNumbers = Annotated[
     tuple[PositiveFloat, ...],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, get_args
 
@@ -73,13 +73,15 @@ class Rules:
     """Rules with everything they extend, as the compiler uses them.
 
     `sources` are the files that were read, the outermost parent first; `<rules>` stands for a
-    Python mapping. `passes_at` is where the order of the passes was written, if it was.
+    Python mapping. `passes_at` is where the order of the passes was written, if it was,
+    and `roles_at` where each role's names were.
     """
 
     file: RulesFile
     rules: tuple[LocatedRule, ...]
     sources: tuple[str, ...]
     passes_at: Location | None = None
+    roles_at: Mapping[str, Location] = field(default_factory=dict)
 
     @property
     def target(self) -> Target:
@@ -109,6 +111,8 @@ class Rules:
     def as_dict(self) -> dict[str, Any]:
         """The resolved document as plain values; `load_rules` reads it back to the same rules."""
         document: dict[str, Any] = self.file.model_dump(mode="json", exclude_none=True)
+        if not document["roles"]:
+            del document["roles"]
         for unused in _USED_ONLY_WITH:
             block: Any = document
             for part in unused.block:
@@ -161,7 +165,9 @@ def load_rules(spec: str | Path | Mapping[str, Any]) -> Rules:
     located = zip(file.rules, content["rules"].items(), strict=True)
     rules = tuple(LocatedRule(rule, node.at) for rule, node in located)
     order = content.get("passes")
-    return Rules(file, rules, tuple(files), order.at if order else None)
+    given = content["roles"].value if "roles" in content else {}
+    roles_at = {role: node.at for role, node in given.items()} if isinstance(given, dict) else {}
+    return Rules(file, rules, tuple(files), order.at if order else None, roles_at)
 
 
 def _without_echo(written: Sequence[InputError], found: Sequence[InputError]) -> list[InputError]:

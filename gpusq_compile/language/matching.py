@@ -11,7 +11,14 @@ from gpusq_compile.errors import CheckFailed, InputError, Location
 from gpusq_compile.language.loader import LocatedRule, Rules
 from gpusq_compile.language.patterns import compile_pattern, is_glob
 from gpusq_compile.language.problems import raise_together
-from gpusq_compile.language.schema import Distill, Match, Quantize, SizePredicate, Sparsity
+from gpusq_compile.language.schema import (
+    Distill,
+    Match,
+    Quantize,
+    Rule,
+    SizePredicate,
+    Sparsity,
+)
 
 ACTIONS: Final = ("sparsity", "quantize", "distill")
 
@@ -24,8 +31,9 @@ class Candidate:
     """A layer that rules can speak about.
 
     `op` and `roles` use the words of the language, `module_class` is the full dotted path of the
-    class. `in_features` is the size of the reduction axis and `out_features` the number of output
-    channels; None where the layer has no such size.
+    class. `in_features` is the size of the reduction axis, `out_features` the number of output
+    channels and `kernel_size` the longer side of a convolution's kernel, 1 of a linear; None where
+    the layer has no such size.
     """
 
     name: str
@@ -34,6 +42,7 @@ class Candidate:
     module_class: str
     in_features: int | None
     out_features: int | None
+    kernel_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +142,14 @@ def matches(match: Match, candidate: Candidate) -> bool:
     return all(_holds(key, wanted, candidate) for key, wanted in _conditions(match))
 
 
+def unmet(match: Match, candidate: Candidate) -> str | None:
+    """The first condition of `match` that does not hold for `candidate`; None where all hold."""
+    for key, wanted in _conditions(match):
+        if not _holds(key, wanted, candidate):
+            return _condition_text(key, wanted)
+    return None
+
+
 def file_line(location: Location) -> str:
     """`rules.yaml:12`, the short form that reports show."""
     return str(Location(location.file, location.line))
@@ -207,8 +224,19 @@ def _check_counts(
 
 
 def _unmatched_error(located: LocatedRule, candidates: Sequence[Candidate]) -> InputError:
-    """Why a rule matches nothing: how many layers each of its conditions leaves."""
     rule = located.rule
+    text, hint = why_unmatched(rule, candidates)
+    optional = "write `optional: true` if it need not match"
+    return InputError(
+        "rule-unmatched",
+        text,
+        location=located.location,
+        hint=f"{hint}; or {optional}" if hint else optional,
+    )
+
+
+def why_unmatched(rule: Rule, candidates: Sequence[Candidate]) -> tuple[str, str | None]:
+    """That a rule matches nothing, and how many layers each of its conditions leaves; a hint."""
     steps = []
     left: Sequence[Candidate] = candidates
     hint = None
@@ -219,13 +247,7 @@ def _unmatched_error(located: LocatedRule, candidates: Sequence[Candidate]) -> I
             hint = _hint(key, wanted, before, candidates) if before else None
             break
     why = f": {', '.join(steps)}" if candidates else ", for the model has no layer rules can match"
-    optional = "write `optional: true` if it need not match"
-    return InputError(
-        "rule-unmatched",
-        f"rule '{rule.id}' matches none of the {len(candidates)} layers{why}",
-        location=located.location,
-        hint=f"{hint}; or {optional}" if hint else optional,
-    )
+    return f"rule '{rule.id}' matches none of the {len(candidates)} layers{why}", hint
 
 
 def condition_texts(match: Match) -> list[str]:

@@ -35,6 +35,7 @@ CODES: Final[Mapping[str, str]] = {
     "not-finite": "A number is NaN or infinite.",
     "out-of-range": "A number is too small or too large.",
     "pattern-unmatched": "Warning: one name pattern of a rule's list matches no layer.",
+    "role-unmatched": "A name that a role is given to is neither a layer nor a module.",
     "rule-shadowed": "Warning: later rules override everything that a rule decides.",
     "rule-unmatched": "A rule that is not optional matches no layer of the model.",
     "rule-without-action": "A rule matches layers and says nothing about them.",
@@ -81,6 +82,8 @@ _EXAMPLES: Final = {
     "match": "{op: linear}",
     "in_features": "{multiple_of: 32}",
     "out_features": "{multiple_of: 32}",
+    "kernel_size": "1",
+    "roles": '{stage_end: "blocks.*"}',
     "target": "{compute: [portable]}",
     "calibration": "{batches: 8}",
     "finetune": "{labels: hard}",
@@ -203,7 +206,7 @@ def _wrong_type(node: Node, path: Sequence[str | int], kind: str, key: str) -> I
     elif kind in ("model_type", "tuple_type"):
         example = _EXAMPLES.get(key)
         expected += " or none" if _has_off(path) else ""
-        if key in ("in_features", "out_features"):
+        if key in ("in_features", "out_features", "kernel_size"):
             expected = "a number or a mapping"
         hint = f"for example `{key}: {example}`" if example else None
     elif kind == "string_type":

@@ -20,6 +20,7 @@ from gpusq_compile.language.schema import (
     Distill,
     Match,
     Quantize,
+    RoleNames,
     Rule,
     RulesFile,
     SizePredicate,
@@ -42,6 +43,7 @@ REFERENCE_PATH: Final = Path(__file__).resolve().parents[2] / "docs" / "rules.md
 _SECTIONS: Final[tuple[tuple[str, type[BaseModel]], ...]] = (
     ("The file", RulesFile),
     ("target", Target),
+    ("roles", RoleNames),
     ("A rule", Rule),
     ("match", Match),
     ("Sizes", SizePredicate),

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from gpusq_compile.language.blocks import (
+    AnyNumber,
     Block,
     BlockOrNone,
     Given,
@@ -268,6 +269,12 @@ class Match(Block):
     out_features: Given[Size] = Field(
         default=None, description="Number of output channels, written like `in_features`."
     )
+    kernel_size: Given[Size] = Field(
+        default=None,
+        description="The longer side of a convolution's kernel, written like `in_features`; 1 of a "
+        "linear. `op: [linear, conv2d]` with `kernel_size: 1` are the GEMMs of a model, those "
+        "written as convolutions too.",
+    )
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
@@ -350,13 +357,52 @@ class Verify(Block):
         default=0.99, description="Smallest cosine similarity of the outputs of one sample."
     )
     min_top1_agreement: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.97, description="Smallest share of samples for which both name the same class."
+        default=0.97,
+        description="Smallest share of samples for which both name the same class. Left out where "
+        "the samples are generated noise, for want of data: no class is right there.",
     )
     max_difference: PositiveFloat = Field(
         default=0.5,
         description="Largest absolute difference of one output value, divided by the standard "
         "deviation of the reference outputs.",
     )
+
+
+class RoleNames(Block):
+    """Which layers have a role, in place of those that were found to have it.
+
+    Each role takes names as `match` does, or a list of them. A module's name stands for what is in
+    it: for `stage_end` and `final_projection` its last residual add, or else its output, for the
+    other roles all its linears and convolutions. A name that matches nothing is an error. With
+    `[]` no layer has the role. `--dry-run` shows the roles that were found.
+    """
+
+    patch_embed: Given[AnyNumber[NamePattern]] = Field(
+        default=None, description="Where tokens begin: the last layer in front of the first block."
+    )
+    attention_qkv: Given[AnyNumber[NamePattern]] = Field(
+        default=None, description="What makes queries, keys and values."
+    )
+    attention_proj: Given[AnyNumber[NamePattern]] = Field(
+        default=None, description="The first layer behind an attention."
+    )
+    mlp: Given[AnyNumber[NamePattern]] = Field(
+        default=None, description="The layers on both sides of an activation function."
+    )
+    stage_end: Given[AnyNumber[NamePattern]] = Field(
+        default=None,
+        description="The end of the last block of each stage; as many as there are stages.",
+    )
+    final_projection: Given[AnyNumber[NamePattern]] = Field(
+        default=None, description="The last normalization, in front of the classifier."
+    )
+    classifier: Given[AnyNumber[NamePattern]] = Field(
+        default=None, description="The layer that makes logits."
+    )
+
+    def given(self) -> dict[str, tuple[str, ...]]:
+        """The names of each role that is spoken about."""
+        return {role: names for role, names in self if names is not None}
 
 
 class RulesFile(Block):
@@ -372,6 +418,10 @@ class RulesFile(Block):
     )
     scope: Nullable[Annotated[str, Field(min_length=1)]] = Field(
         default=None, description="Dotted name of the submodule to compile; all of it without."
+    )
+    roles: RoleNames = Field(
+        default=RoleNames(),
+        description="Layers that have a role, where what was found is not what is meant.",
     )
     passes: OneOrMore[PassName] = Field(
         default=DEFAULT_ORDER,

@@ -210,6 +210,12 @@ class Finetune(Block):
         description="`teacher_variance` divides each tap's loss by the variance of the teacher's "
         "output there, so that layers with large values do not drown the others.",
     )
+    decisions: Literal["teacher", "own"] = Field(
+        default="teacher",
+        description="Where the model decides by comparing what it computed (which tokens stop, "
+        "which expert an image goes to), the student computes with the `teacher`'s decisions "
+        "during the fine-tune, or with its `own`. Evaluated and deployed it makes its own.",
+    )
     sparse: BlockOrNone[Phase] = Field(
         default=Phase(), description="The phase after pruning, or `none`: skip it."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,8 @@ class Numerics:
 
     `max_difference` is in `spread`s of the reference output (numerics.py), `worst_output` the index
     of the output it was found in. `disagreements` counts the samples whose top-1 differs by more
-    than a tie; None where the compiled module's outputs are not logits.
+    than a tie, and `median_lead` is what the best class leads the next one by in the reference, in
+    `spread`s; both None where the compiled module's outputs are not logits.
     """
 
     samples: int
@@ -44,12 +46,18 @@ class Numerics:
     max_difference: float
     worst_output: int
     disagreements: int | None
+    median_lead: float | None = None
 
     @property
     def top1_agreement(self) -> float | None:
         if self.disagreements is None or not self.samples:
             return None
         return 1.0 - self.disagreements / self.samples
+
+    @property
+    def undecided(self) -> bool:
+        """Whether half of the samples have a lead that the differences can turn around."""
+        return self.median_lead is not None and self.median_lead < 2 * self.max_difference
 
     def shortfalls(self, limits: Verify) -> list[str]:
         """The limits that were not kept, each as a sentence."""
@@ -130,6 +138,7 @@ def compare(
     samples = 0
     disagreements = None if find_logits is None else 0
     cosine, difference, worst = 1.0, 0.0, 0
+    leads: list[float] = []
     for batch in expected:
         actual = run_session(session, batch.inputs)
         for index, (ours, theirs) in enumerate(zip(actual, batch.outputs, strict=True)):
@@ -144,7 +153,10 @@ def compare(
             ours, theirs = find_logits(actual).float(), find_logits(batch.outputs).float()
             chosen = theirs.gather(1, ours.argmax(dim=1, keepdim=True)).squeeze(1)
             disagreements += int((theirs.amax(dim=1) - chosen > TIE * spread(theirs)).sum())
-    return Numerics(samples, cosine, difference, worst, disagreements)
+            best = theirs.topk(min(2, theirs.shape[1]), dim=1).values
+            leads += ((best[:, 0] - best[:, -1]) / spread(theirs)).tolist()
+    lead = statistics.median(leads) if leads else None
+    return Numerics(samples, cosine, difference, worst, disagreements, lead)
 
 
 class SessionModule(nn.Module):

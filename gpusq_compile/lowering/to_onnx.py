@@ -16,12 +16,13 @@ import onnxscript.optimizer
 import torch
 from onnxscript import FLOAT, INT8, opset21
 
-from gpusq_compile.errors import CheckFailed
-from gpusq_compile.graph.query import source_frames
+from gpusq_compile.errors import CheckFailed, Location
+from gpusq_compile.graph.query import operator_name, place_in, place_of
 from gpusq_compile.quantization.operators import DEQUANTIZE, QUANTIZE
-from gpusq_compile.user_code import innermost_place
 
 OPSET = 21
+STACK_TRACE = "pkg.torch.onnx.stack_trace"
+"""Where the exporter leaves a node's stack trace."""
 
 
 def _quantize(value: FLOAT, scale: FLOAT) -> INT8:
@@ -46,8 +47,21 @@ TRANSLATIONS: dict[Any, Any] = {
 }
 
 
-def to_onnx(program: torch.export.ExportedProgram) -> onnx.ModelProto:
+WAY_OUT = (
+    "--scope PATH compiles a submodule without it; or write that line with operators that ONNX has"
+)
+_TRANSLATED = re.compile(
+    r"(?:translating node|While executing) %(?P<name>\w+).*?target=(?P<target>[\w.]+)"
+)
+
+
+def to_onnx(
+    program: torch.export.ExportedProgram, places: dict[str, Location] | None = None
+) -> onnx.ModelProto:
     """Translate the program; weights stay in the model, its first dimension stays dynamic.
+
+    Args:
+        places: filled with the place in the source that each ONNX node comes from, by its name.
 
     Raises:
         CheckFailed: the exporter has no translation for an operator.
@@ -63,9 +77,14 @@ def to_onnx(program: torch.export.ExportedProgram) -> onnx.ModelProto:
                 custom_translation_table=TRANSLATIONS,
             )
     except torch.onnx.errors.OnnxExporterError as error:
-        raise _export_failed(program, error) from error
+        raise _failure(program, error) from error
     assert exported is not None
     model = exported.model
+    if places is not None:
+        for node in model.graph:
+            place = place_in(node.metadata_props.get(STACK_TRACE, ""))
+            if node.name and place is not None:
+                places[node.name] = place
     # The whole optimizer of onnxscript takes longer than the translation; these passes leave
     # nothing that matters to it. Quantized weights are never folded back to float, and a weight's
     # Transpose is left for the surgery, which finds the weight by its name.
@@ -85,23 +104,24 @@ def to_onnx(program: torch.export.ExportedProgram) -> onnx.ModelProto:
     return ir.to_proto(model)
 
 
-def _export_failed(program: torch.export.ExportedProgram, error: Exception) -> CheckFailed:
-    """The exporter's error in words, with the operator and its place where the error names one."""
+def _failure(program: torch.export.ExportedProgram, error: Exception) -> CheckFailed:
+    """The exporter's failure in a line: the operator it has no translation for, and its place."""
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
     reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
-    named = re.search(r"(?:translating node|While executing) %(\w+)", str(error))
-    nodes = {node.name: node for node in program.graph.nodes}
-    node = nodes.get(named.group(1)) if named else None
-    if node is None:
-        return CheckFailed("onnx-export", f"the ONNX exporter cannot translate the graph: {reason}")
-    return CheckFailed(
-        "onnx-export",
-        f"the ONNX exporter cannot translate this use of {node.target}: {reason}",
-        location=innermost_place(source_frames(node)),
-        hint="--scope PATH, or `scope:` in the rules, compiles a submodule without it",
-    )
+    found = _TRANSLATED.search(str(error))
+    if found is None:
+        text = f"PyTorch's ONNX exporter failed: {type(cause).__name__}: {reason}"
+        return CheckFailed("onnx-export", text, hint=WAY_OUT)
+    name = found["target"].removeprefix("torch.ops.").removesuffix(".default").rpartition(".")[2]
+    nodes = [n for n in program.graph.nodes if n.op == "call_function"]
+    # A decomposed program's nodes are not the given one's: the operator's name tells them.
+    same = [n for n in nodes if n.name == found["name"]]
+    same += [n for n in nodes if operator_name(n).strip("_") in name or name in str(n.target)]
+    place = place_of(same[0]) if same else None
+    text = f"PyTorch's ONNX exporter cannot translate this use of the operator '{name}': {reason}"
+    return CheckFailed("onnx-export", text, location=place, hint=WAY_OUT)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,8 +16,9 @@ from gpusq_compile.compute import compute_figures
 from gpusq_compile.engine import AttentionInEngine, BuiltEngine, GemmInEngine
 from gpusq_compile.errors import GpusqError
 from gpusq_compile.execution import execution, intended
-from gpusq_compile.plan import LayerPlan, Treatment, planned
+from gpusq_compile.plan import TAP_PLAN, LayerPlan, Treatment, planned
 from gpusq_compile.report.packed import packed_storage
+from gpusq_compile.report.rule_entries import rule_entries
 from gpusq_compile.report.sparse_chain import sparse_chain
 
 InEngine = TypeVar("InEngine", GemmInEngine, AttentionInEngine)
@@ -36,19 +38,19 @@ def make_report(
     the name that the user gave.
     """
     plans = [plan for _, plan in planned(compilation.graph.graph)] if compilation.graph else []
-    failure = None if error is None else {"code": error.code, "message": error.message}
     report: dict[str, Any] = _finite(
         {
             "schema_version": SCHEMA_VERSION,
             "tool": {"name": "gpusq-compile", "version": __version__},
-            "status": "ok" if error is None else "failed",
-            "error": failure,
+            **outcome(error),
             "model": compilation.source.origin,
             "scope": compilation.network.scope,
             "rules": [str(source) for source in compilation.rules.sources],
+            "rule_list": rule_entries(compilation.rules),
             "target": target_entry(compilation),
             "seed": compilation.options.seed,
             "device": compilation.options.device,
+            "seconds": round(time.monotonic() - compilation.started, 3),
             "passes": [pass_entry(record) for record in compilation.records],
             "layers": [layer_entry(compilation, plan) for plan in plans],
             "attentions": [
@@ -57,6 +59,7 @@ def make_report(
                     planned_attentions(compilation.ir.graph) if compilation.graph else ()
                 )
             ],
+            "taps": tap_entries(compilation),
             "finetune": compilation.finetune,
             "accuracy": {
                 name: compilation.accuracy.get(name)
@@ -70,6 +73,13 @@ def make_report(
         }
     )
     return report
+
+
+def outcome(error: GpusqError | None) -> dict[str, Any]:
+    """The entries of the report that say whether the compile succeeded."""
+    if error is None:
+        return {"status": "ok", "error": None}
+    return {"status": "failed", "error": {"code": error.code, "message": error.message}}
 
 
 def pass_entry(record: PassRecord) -> dict[str, Any]:
@@ -92,7 +102,9 @@ def layer_entry(compilation: Compilation, plan: LayerPlan) -> dict[str, Any]:
     entry = {
         "name": plan.name,
         "role": plan.role,
+        "roles": list(plan.roles),
         "op": plan.op,
+        "module": plan.module,
         "shape": list(plan.shape),
         "requested": plan.requested.as_dict(),
         "applied": plan.applied.as_dict(),
@@ -145,6 +157,16 @@ def attention_entry(compilation: Compilation, plan: AttentionPlan) -> dict[str, 
             "targets": {target: attention.actual for target, attention in found.items()},
         },
     }
+
+
+def tap_entries(compilation: Compilation) -> list[dict[str, Any]]:
+    """Where the student follows the teacher, and the rules that say so."""
+    nodes = compilation.graph.graph.nodes if compilation.graph else ()
+    taps = [node.meta[TAP_PLAN] for node in nodes if TAP_PLAN in node.meta]
+    return [
+        {"name": tap.name, "role": tap.role, "theta": tap.distill.theta, "rules": list(tap.rules)}
+        for tap in taps
+    ]
 
 
 def target_entry(compilation: Compilation) -> dict[str, Any]:

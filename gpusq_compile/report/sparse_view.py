@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 from rich.table import Table
@@ -33,10 +32,10 @@ def sparse_table(report: dict[str, Any]) -> Table | None:
 
 
 def _counts(chains: list[dict[str, Any]]) -> list[str]:
-    return [str(len(chains)), *(_count([_answer(c, step) for c in chains]) for step in STEPS)]
+    return [str(len(chains)), *(_count([answer(c, step) for c in chains]) for step in STEPS)]
 
 
-def _answer(chain: dict[str, Any], step: str) -> bool | None:
+def answer(chain: dict[str, Any], step: str) -> bool | None:
     """Whether a layer passed this step; None where nobody looked or nothing tells."""
     if "refused" in chain["causes"]:
         return False
@@ -58,8 +57,23 @@ def sparse_lines(report: dict[str, Any]) -> list[str]:
 
     What the rules could not apply is said with the other refusals.
     """
-    chains = [chain for layer in report["layers"] if (chain := layer.get("sparse_kernel"))]
-    reasons = Counter(
-        chain["reason"] for chain in chains if chain["reason"] and "refused" not in chain["causes"]
+    pairs = (
+        (layer["name"], chain["reason"])
+        for layer in report["layers"]
+        if (chain := layer.get("sparse_kernel"))
+        and chain["reason"]
+        and "refused" not in chain["causes"]
     )
-    return reason_lines("no sparse kernel for", reasons)
+    return reason_lines("no sparse kernel for", pairs)
+
+
+def legend_lines(report: dict[str, Any]) -> list[str]:
+    """What the columns of the table count, and who has not said anything yet."""
+    lines = [
+        "  requested: by a rule; mask ok: verified in the file; eligible: the builder could take a "
+        "sparse kernel; picked: it did"
+    ]
+    chains = [chain for layer in report["layers"] if (chain := layer.get("sparse_kernel"))]
+    if all(chain["picked"] == "unknown" and not chain["causes"] for chain in chains):
+        lines.append(f"  {UNKNOWN}: nobody has said yet; build_engine.sh on your GPU tells")
+    return lines

@@ -6,7 +6,6 @@ Tables fit 80 columns; sentences are wrapped where the terminal ends.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,7 +19,10 @@ from gpusq_compile.report.compute_view import compute_lines
 from gpusq_compile.report.execution_view import execution_lines
 from gpusq_compile.report.log_view import log_lines
 from gpusq_compile.report.reasons import MOST_REASONS, UNKNOWN, reason_lines
-from gpusq_compile.report.sparse_view import sparse_lines, sparse_table
+from gpusq_compile.report.sparse_view import legend_lines, sparse_lines, sparse_table
+
+NUMBER = re.compile(r"(?<=[._])\d+(?=[._]|$)|^\d+(?=[._]|$)")
+"""The number of a layer among its like: a part of the name (`blocks.3`, `encoder_layer_3`)."""
 
 
 def show_report(report: dict[str, Any], console: Console, files: Iterable[str] = ()) -> None:
@@ -29,6 +31,8 @@ def show_report(report: dict[str, Any], console: Console, files: Iterable[str] =
     console.print(layer_table(report))
     if (sparse := sparse_table(report)) is not None:
         console.print(sparse)
+        for text in legend_lines(report):
+            print_sentence(console, escape(text))
     views = (
         refusals,
         execution_lines,
@@ -139,13 +143,12 @@ def plan_table(report: dict[str, Any]) -> Table:
     table.add_column("n", justify="right")
     for column in ("shape", "weight", "activation", "output"):
         table.add_column(column, no_wrap=True)
-    rows: dict[tuple[str, ...], int] = {}
+    rows: dict[tuple[str, ...], list[str]] = {}
     for layer in report["layers"]:
-        name = re.sub(r"(?<![^.])\d+(?![^.])", "*", layer["name"])
-        row = (name, *plan_cells(layer))
-        rows[row] = rows.get(row, 0) + 1
-    for (name, *cells), count in rows.items():
-        table.add_row(escape(name), str(count), *cells)
+        row = (NUMBER.sub("*", layer["name"]), *plan_cells(layer))
+        rows.setdefault(row, []).append(layer["name"])
+    for (pattern, *cells), names in rows.items():
+        table.add_row(escape(pattern if len(names) > 1 else names[0]), str(len(names)), *cells)
     return table
 
 
@@ -161,19 +164,20 @@ def plan_cells(layer: dict[str, Any]) -> tuple[str, str, str, str]:
 
 
 def tap_lines(report: dict[str, Any]) -> list[str]:
+    """Where the fine-tune compares features: one line a tap, with its role and feature map."""
     taps = [
-        f"{remark['layer']} ({remark['reason'].removeprefix('distill at ')})"
+        f"  {remark['layer']}: {remark['reason'].removeprefix('distill at ')}"
         for entry in report["passes"]
         for remark in entry["remarks"]
         if remark["code"] == "tap-marked"
     ]
-    return [f"distilled at: {', '.join(taps)}"] if taps else []
+    return ["distilled at:", *taps] if taps else []
 
 
 def refusals(report: dict[str, Any]) -> list[str]:
-    """Why requested treatment was not applied: each reason once, with how many layers it hit."""
-    counts = Counter(reason for layer in report["layers"] for reason in layer["reasons"])
-    return reason_lines("refused on", counts)
+    """Why requested treatment was not applied: each reason once, with the layers it hit."""
+    pairs = ((layer["name"], reason) for layer in report["layers"] for reason in layer["reasons"])
+    return reason_lines("refused on", pairs)
 
 
 def finetune_lines(report: dict[str, Any]) -> list[str]:

@@ -1,0 +1,305 @@
+"""Every model family, and many another ViT, compiled to INT8 and INT4: what comes of each.
+
+    make bench-models
+    python benchmarks/models.py [--only GLOB ...] [--rules NAME ...] [--engine none] [--list]
+
+Each row is one `gpusq-compile` in a process of its own, with random weights, without fine-tune, by
+the shipped rules: timm's models with generated images, the examples with theirs. What is reported
+is what the compiler does to a model, and what it takes; accuracy is another benchmark's.
+
+- `seconds` is the whole process with imports, `compile` that without building the engine.
+- `peak` is the high-water mark of the compiling process, in MB and over the FP32 weights; the
+  engine's builder is a process of its own.
+- `GEMMs` are the operators with weights: how many are compressed, for how many of these there are
+  sparse kernels, what was refused, and what no rule asked for.
+
+`results/models.json` is written after every row and read at the start: a row is left out that is
+there from the same sources, versions, machine and options, so a run that was stopped goes on.
+`--again` compiles it all the same. A row that fails is a row with its error.
+
+Writes `results/models.json` and `results/models.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from compile_time import HERE, RESULTS, Ended, machine, run_process, versions
+from models_rows import ROWS, Row
+from models_table import tables
+
+ROOT = HERE.parent
+SOURCES = ("gpusq_compile", "passes", "rules")
+RULES = ("int8", "int4")
+EXIT_CODES = {1: "check failed", 2: "bad input", 3: "internal error"}
+EXAMPLES_OF_A_REASON = 3
+
+
+def compile_row(row: Row, rules: str, engine: str, timeout: float) -> dict[str, Any]:
+    """Compile one row by one rules file; what the results hold of it."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        spec = row.spec
+        if row.config is not None:
+            (folder / "config.json").write_text(json.dumps(dict(row.config)))
+            spec = f"hf:{folder / 'config.json'}"
+        output = folder / "out"
+        command = [sys.executable, "-m", "gpusq_compile", spec, "--rules", rules, *row.arguments]
+        command += ["--no-finetune", "--engine", engine, "--quiet", "-o", str(output)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), **row.environment}
+        load = os.getloadavg()[0]
+        # A path in a spec is relative to the repository.
+        here = os.getcwd()
+        os.chdir(ROOT)
+        try:
+            ended = run_process(command, environment, timeout=timeout)
+        finally:
+            os.chdir(here)
+        found = result_of(ended, output)
+    return {
+        "name": row.name,
+        "family": row.family,
+        "rules": rules,
+        "model": row.spec or dict(row.config or {}),
+        "environment": dict(row.environment),
+        "aim_seconds": row.aim_seconds,
+        "load_before": load,
+        **found,
+    }
+
+
+def result_of(ended: Ended, output: Path) -> dict[str, Any]:
+    """What came of a compile: from its process, its report and its files."""
+    found: dict[str, Any] = {
+        "status": "ok" if ended.code == 0 else EXIT_CODES.get(ended.code, "killed"),
+        "exit_code": ended.code,
+        "error": None,
+        "seconds": round(ended.seconds, 2),
+        "peak_bytes": ended.own_peak_bytes,
+        "peak_bytes_with_builder": ended.peak_bytes,
+    }
+    path = output / "report.json"
+    if not path.is_file():
+        said = [line for line in ended.stderr.strip().splitlines() if line.strip()]
+        errors = [line for line in said if "error[" in line]
+        found["error"] = (errors or said or [f"exit code {ended.code}"])[-1].strip()
+        return found
+    report = json.loads(path.read_text())
+    if report["error"] is not None:
+        found["error"] = f"error[{report['error']['code']}]: {report['error']['message']}"
+    return found | of_report(report, found) | {"sizes": sizes(output)}
+
+
+def of_report(report: dict[str, Any], process: dict[str, Any]) -> dict[str, Any]:
+    phases = {entry["name"]: entry["seconds"] for entry in report["passes"]}
+    dense = report["storage"]["dense_fp32_bytes"]
+    return {
+        "compile_seconds": round(process["seconds"] - phases.get("build_engine", 0.0), 2),
+        "phases": phases,
+        "parameters": dense // 4,
+        "dense_fp32_bytes": dense,
+        "peak_ratio": process["peak_bytes"] / dense if dense else None,
+        "peak_aim_bytes": 4 * dense + 1_000_000_000,
+        "gemms": gemms(report),
+        "taps": dict(Counter(taps(report))),
+        "numerics": report["verify"].get("numerics"),
+        "storage": report["storage"],
+        "engine": engine(report),
+        "missed": dict(
+            Counter(
+                remark["code"]
+                for entry in report["passes"]
+                for remark in entry["remarks"]
+                if remark["kind"] == "missed"
+            )
+        ),
+    }
+
+
+def gemms(report: dict[str, Any]) -> dict[str, Any]:
+    """The operators with weights by what became of them, each reason with its first layers."""
+    layers = report["layers"]
+    refused: dict[str, list[str]] = {}
+    untouched: dict[str, list[str]] = {}
+    compressed = eligible = 0
+    for layer in layers:
+        for reason in layer["reasons"]:
+            refused.setdefault(reason, []).append(layer["name"])
+        if any(layer["applied"].values()):
+            compressed += 1
+            eligible += layer["execution"]["kind"].startswith("sparse")
+        elif not layer["reasons"]:
+            untouched.setdefault(why_untouched(layer), []).append(layer["name"])
+    return {
+        "total": len(layers),
+        "compressed": compressed,
+        "eligible": eligible,
+        "refused": counted(refused),
+        "untouched": counted(untouched),
+        "roles": dict(Counter(layer["role"] or "none" for layer in layers)),
+    }
+
+
+def why_untouched(layer: dict[str, Any]) -> str:
+    """Why a layer without a refusal was left as it is: the rules say so, or reach it not at all."""
+    actions = [line for line in layer["rules"] if not line.endswith(": distill")]
+    shape = "x".join(map(str, layer["shape"]))
+    if actions:
+        return f"left by rule '{actions[-1].split(':')[-2].split()[-1]}'"
+    return f"no rule asks for a {layer['op']} of {shape}"
+
+
+def counted(names: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
+    return {
+        reason: {"layers": len(found), "first": found[:EXAMPLES_OF_A_REASON]}
+        for reason, found in names.items()
+    }
+
+
+def taps(report: dict[str, Any]) -> list[str]:
+    """The role of each tap: `stage_end` is there once for each stage."""
+    marked = next((entry for entry in report["passes"] if entry["name"] == "mark"), None)
+    remarks = marked["remarks"] if marked else []
+    start = "distill at "
+    return [r["reason"].removeprefix(start) for r in remarks if r["code"] == "tap-marked"]
+
+
+def engine(report: dict[str, Any]) -> dict[str, Any] | None:
+    """Per target the engine's size and seconds, and what type each compressed GEMM is in."""
+    built = report["engine"]
+    if built is None:
+        return None
+    targets = {
+        name: {
+            "bytes": target["bytes"],
+            "seconds": target["seconds"],
+            "gemms": dict(Counter(f"{g['status']} {g['actual']}" for g in target["gemms"])),
+        }
+        for name, target in built["targets"].items()
+    }
+    return {"backend": built["backend"], "version": built["version"], "targets": targets}
+
+
+def sizes(output: Path) -> dict[str, int]:
+    """The bytes of each artifact."""
+    files = sorted(path for path in output.rglob("*") if path.is_file())
+    return {str(path.relative_to(output)): path.stat().st_size for path in files}
+
+
+def fingerprint(row: Row, options: dict[str, Any]) -> str:
+    """A digest of all that a row's result depends on: sources, versions, machine, options."""
+    digest = hashlib.sha256()
+    files = [path for folder in SOURCES for path in (ROOT / folder).rglob("*")]
+    if row.spec.endswith(".py"):
+        files += (ROOT / row.spec).parent.glob("*")
+    for path in sorted(files):
+        if path.is_file() and path.suffix in {".py", ".yaml", ".safetensors"}:
+            digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    about = [repr(row), machine(), versions(), options]
+    digest.update(json.dumps(about, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def commit() -> str:
+    """The commit that is checked out; "+" behind it says that files differ from it."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], check=True, capture_output=True, text=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"],
+            check=True, capture_output=True, text=True,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+" if changed else "")
+
+
+def chosen(patterns: Sequence[str]) -> list[Row]:
+    """The rows whose name or family one of the globs matches; all where there is none."""
+    if not patterns:
+        return list(ROWS)
+    rows = [
+        row
+        for row in ROWS
+        if any(fnmatch(name, glob) for glob in patterns for name in (row.name, row.family))
+    ]
+    return rows or sys.exit(f"no row matches {' '.join(patterns)}; --list shows them")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The results so far, empty where there are none or of another schema."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        found = {}
+    if found.get("schema_version") != 1:
+        found = {}
+    return {"schema_version": 1, "rows": {}, **found}
+
+
+def write(results: dict[str, Any], folder: Path) -> None:
+    """Both files, each whole or not there; rows in the order of `ROWS`."""
+    order = {f"{row.name} / {rules}": None for row in ROWS for rules in RULES}
+    names = [name for name in (*order, *results["rows"]) if name in results["rows"]]
+    results["rows"] = {name: results["rows"][name] for name in dict.fromkeys(names)}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in (
+        ("models.json", json.dumps(results, indent=1) + "\n"),
+        ("models.md", tables(results)),
+    ):
+        temporary = folder / (name + ".writing")
+        temporary.write_text(text)
+        temporary.replace(folder / name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", nargs="+", default=(), metavar="GLOB", help="names or families")
+    parser.add_argument("--rules", nargs="+", default=RULES, help="shipped names or files")
+    parser.add_argument("--engine", default="tensorrt-rtx", choices=["none", "tensorrt-rtx"])
+    parser.add_argument("--timeout", type=float, default=3600, help="seconds for one row")
+    parser.add_argument("--again", action="store_true", help="compile rows that are there, too")
+    parser.add_argument("--list", action="store_true", help="print the rows and end")
+    parser.add_argument("-o", "--output", type=Path, default=RESULTS, help="folder for the results")
+    arguments = parser.parse_args()
+
+    rows = chosen(arguments.only)
+    if arguments.list:
+        print("\n".join(f"{row.family}: {row.name}" for row in rows))
+        return
+    results = read(arguments.output / "models.json")
+    results |= {"machine": machine(), "versions": versions(), "commit": commit()}
+    options = {"engine": arguments.engine}
+    todo = [(row, rules) for row in rows for rules in arguments.rules]
+    for position, (row, rules) in enumerate(todo, start=1):
+        name = f"{row.name} / {rules}"
+        key = fingerprint(row, {**options, "rules": rules})
+        label = f"{position}/{len(todo)} {name}"
+        old = results["rows"].get(name)
+        if old is not None and old["fingerprint"] == key and not arguments.again:
+            print(f"{label}: is there", file=sys.stderr)
+            continue
+        found = compile_row(row, rules, arguments.engine, arguments.timeout)
+        results["rows"][name] = {**found, "commit": results["commit"], "fingerprint": key}
+        write(results, arguments.output)
+        said = found["error"] or f"{found['seconds']:.1f} s"
+        print(f"{label}: {found['status']}: {said}", file=sys.stderr)
+    write(results, arguments.output)
+    print(tables(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""Which operators of a graph ONNX has no form of, found before anything is compressed."""
+
+from __future__ import annotations
+
+import torch.fx
+
+from gpusq_compile.errors import InputError
+from gpusq_compile.graph.query import aten, operator_name, place_of, value_dependent
+from gpusq_compile.lowering.decompose import untranslatable
+from gpusq_compile.lowering.to_onnx import WAY_OUT
+
+SCALARS: frozenset[object] = frozenset({aten.item.default, aten._local_scalar_dense.default})
+
+
+def check_exportable(graph: torch.fx.Graph) -> None:
+    """Find the first operator that cannot become ONNX.
+
+    Raises:
+        InputError: naming it and its place in the source of the model.
+    """
+    dependent = value_dependent(graph)
+    for node in graph.nodes:
+        if node.target in SCALARS and any(n in dependent for n in node.all_input_nodes):
+            raise refusal(
+                node,
+                "the line makes a Python number of a tensor's value",
+                "keep it a tensor: a scalar tensor works wherever a number does, so leave out "
+                "`.item()`, `float()` or `int()`",
+            )
+    node = untranslatable(graph)
+    if node is not None:
+        raise refusal(node, f"ONNX has no form of the operator '{operator_name(node)}'", WAY_OUT)
+
+
+def refusal(node: torch.fx.Node, text: str, hint: str) -> InputError:
+    """The error that an operator cannot be compiled, at its place in the source."""
+    return InputError("operator-unsupported", text, location=place_of(node), hint=hint)

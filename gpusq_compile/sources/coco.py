@@ -1,0 +1,241 @@
+"""`coco:DIR`: images with objects' boxes and outlines in COCO's annotation format.
+
+Read are COCO's own layout, `annotations/instances_{train,val}*.json` beside the folders of images
+`{train,val}*/`, and the simple one, `annotations.json` beside `images/`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from gpusq_compile.errors import InputError, relative_to_cwd
+from gpusq_compile.model_source import ModelSource
+from gpusq_compile.sources.classes import match_classes
+from gpusq_compile.sources.images import open_image, whole_image
+from gpusq_compile.sources.model import LibraryModel
+from gpusq_compile.sources.require import require
+
+BATCH = 16
+FORM = (
+    "coco:DIR has DIR/annotations/instances_train*.json and DIR/train*/, or DIR/annotations.json "
+    "and DIR/images/"
+)
+
+Target = dict[str, torch.Tensor]
+Outlines = Callable[[Any], Any]
+"""A COCO annotation -> its mask as a numpy array uint8 [height, width]."""
+
+
+def coco(source: ModelSource, model: LibraryModel, root: Path) -> None:
+    """Give `source` annotated images in the form that the model's own loss reads.
+
+    Raises:
+        InputError: the folder has another form, a file is missing or damaged, or the categories
+            are not the model's.
+    """
+    train = _find(root, "train")
+    held_out = _find(root, "val")
+    simple = root / "annotations.json"
+    if train is None and held_out is None and simple.is_file():
+        train = (simple, _images(root, simple, [root / "images", root]))
+    if train is None and held_out is None:
+        raise InputError(
+            "data-not-coco",
+            f"{relative_to_cwd(root)} has no annotations/instances_train*.json and no "
+            "annotations.json",
+            hint=FORM,
+        )
+    batch = model.images.batch_size(BATCH)
+    first = _open(*(train or held_out or ()))
+    outputs = _outputs(source, model, first)
+    gather = _gather(model)
+    samples = Samples(first, model, outputs)
+    source.calibration_data = partial(DataLoader, samples, batch_size=batch, collate_fn=gather)
+    if train is not None:
+        source.train_data = partial(
+            DataLoader, samples, batch_size=batch, shuffle=True, collate_fn=gather
+        )
+    if held_out is None:
+        text = f"{relative_to_cwd(root)} has no instances_val*.json, so nothing is evaluated"
+        source.notes.append(("no-evaluation-images", text))
+    else:
+        other = first if train is None else _open(*held_out)
+        # The same categories may have other ids there, so they are matched once more.
+        again = Samples(other, model, _outputs(source, model, other, quiet=True))
+        source.eval_data = partial(DataLoader, again, batch_size=batch, collate_fn=gather)
+
+
+def _find(root: Path, split: str) -> tuple[Path, Path] | None:
+    """The annotations and the folder of images of a split, in COCO's own layout."""
+    found = sorted((root / "annotations").glob(f"instances_{split}*.json"))
+    if not found:
+        return None
+    name = found[0].stem.removeprefix("instances_")
+    places = [root / name, root / "images" / name, *sorted(root.glob(f"{split}*")), root / "images"]
+    return found[0], _images(root, found[0], places)
+
+
+def _images(root: Path, annotations: Path, places: list[Path]) -> Path:
+    for place in places:
+        if place.is_dir():
+            return place
+    raise InputError(
+        "data-missing",
+        f"no folder with the images of {relative_to_cwd(annotations)}: neither "
+        + " nor ".join(dict.fromkeys(relative_to_cwd(place) for place in places)),
+        hint=FORM,
+    )
+
+
+def _open(annotations: Path, images: Path) -> Any:
+    """torchvision's `CocoDetection`, checked for what every image needs."""
+    datasets = require("torchvision.datasets")
+    require("pycocotools.coco")
+    shown = relative_to_cwd(annotations)
+    try:
+        # The library prints how far it is.
+        with contextlib.redirect_stdout(io.StringIO()):
+            dataset = datasets.CocoDetection(str(images), str(annotations))
+    except json.JSONDecodeError as error:
+        raise InputError(
+            "data-not-coco", f"{shown}:{error.lineno}:{error.colno}: no JSON: {error.msg}"
+        ) from None
+    except (KeyError, TypeError, AssertionError, UnicodeDecodeError) as error:
+        raise _not_coco(shown, f"cannot be read: {type(error).__name__}: {error}") from None
+    api = dataset.coco
+    for what, entries in (
+        ("images", api.imgs),
+        ("annotations", api.anns),
+        ("categories", api.cats),
+    ):
+        if not entries:
+            raise _not_coco(shown, f"has no {what}")
+    for annotation in api.anns.values():
+        for key, entries in (("category_id", api.cats), ("image_id", api.imgs)):
+            if annotation.get(key) not in entries:
+                found = f"annotation {annotation.get('id')} of {key} {annotation.get(key)}"
+                raise _not_coco(shown, f"has {found}, which is not there")
+        box = annotation.get("bbox")
+        if not isinstance(box, list) or len(box) != 4:
+            raise _not_coco(shown, f"has annotation {annotation.get('id')} without a bbox")
+    for image in api.imgs.values():
+        if not (images / image.get("file_name", "")).is_file():
+            raise InputError(
+                "data-missing",
+                f"no image at {relative_to_cwd(images)}/{image.get('file_name', '')}, which "
+                f"{shown} names",
+            )
+    return dataset
+
+
+def _not_coco(shown: str, found: str) -> InputError:
+    return InputError(
+        "data-not-coco",
+        f"{shown} {found}",
+        hint="COCO's format has images, annotations (image_id, category_id, bbox) and categories",
+    )
+
+
+def _outputs(
+    source: ModelSource, model: LibraryModel, dataset: Any, *, quiet: bool = False
+) -> dict[int, int]:
+    if model.classes is None:
+        return {}
+    names = {number: str(c.get("name", number)) for number, c in dataset.coco.cats.items()}
+    what = relative_to_cwd(Path(dataset.root).parent)
+    return match_classes(source, model.classes, names, what, numbered=True, quiet=quiet)
+
+
+@dataclass(frozen=True)
+class Samples(Dataset[Any]):
+    """Images in the model's size, each with a target in the form of the model's task."""
+
+    dataset: Any
+    model: LibraryModel
+    outputs: dict[int, int]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        api = self.dataset.coco
+        number = self.dataset.ids[index]
+        path = Path(self.dataset.root) / api.loadImgs(number)[0]["file_name"]
+        image = open_image(path, self.model.images.channels)
+        annotations = api.loadAnns(api.getAnnIds(number))
+        pixels = whole_image(self.model.images)(image)
+        size = (image.height, image.width)
+        if self.model.task == "segmentation":
+            return pixels, self._labels(annotations, size)
+        if self.model.task == "detection":
+            return pixels, self._objects(annotations, size)
+        return pixels, None
+
+    def _objects(self, annotations: list[Any], size: tuple[int, int]) -> Target:
+        """Boxes and classes of an image's single objects; those without an area are left out."""
+        kept = [a for a in annotations if not a.get("iscrowd") and min(a["bbox"][2:]) > 0]
+        classes = torch.tensor([self.outputs[a["category_id"]] for a in kept], dtype=torch.int64)
+        boxes = torch.tensor([a["bbox"] for a in kept], dtype=torch.float32).reshape(-1, 4)
+        height, width = size
+        boxes = boxes / torch.tensor([width, height, width, height], dtype=torch.float32)
+        corners = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1).clamp(0, 1)
+        if not self.model.listed:
+            sides = corners[:, 2:] - corners[:, :2]
+            return {
+                "class_labels": classes,
+                "boxes": torch.cat([corners[:, :2] + sides / 2, sides], dim=1),
+            }
+        high, wide = self.model.images.size
+        target = {"boxes": corners * torch.tensor([wide, high, wide, high]), "labels": classes}
+        if self.model.masks:
+            found = [self._mask(annotation) for annotation in kept]
+            target["masks"] = torch.stack(found) if found else torch.zeros(0, high, wide).byte()
+        return target
+
+    def _labels(self, annotations: list[Any], size: tuple[int, int]) -> torch.Tensor:
+        """The class of each pixel, int64 [height, width]; what nothing covers is not counted."""
+        labels = torch.full(self.model.images.size, self.model.ignored_label)
+        # Small objects lie on top of large ones.
+        for annotation in sorted(annotations, key=lambda a: -a["bbox"][2] * a["bbox"][3]):
+            labels[self._mask(annotation).bool()] = self.outputs[annotation["category_id"]]
+        return labels
+
+    def _mask(self, annotation: Any) -> torch.Tensor:
+        """The object's outline in the model's size, uint8 [height, width]."""
+        if not annotation.get("segmentation"):
+            raise InputError(
+                "no-outlines",
+                f"annotation {annotation.get('id')} has a box, but no segmentation",
+                hint=f"{self.model.origin} is trained on objects' outlines",
+            )
+        mask = torch.from_numpy(self.dataset.coco.annToMask(annotation))
+        resized = torch.nn.functional.interpolate(
+            mask[None, None].float(), self.model.images.size, mode="nearest-exact"
+        )
+        return resized[0, 0].byte()
+
+
+def _gather(model: LibraryModel) -> Callable[[list[Any]], Any]:
+    """How samples become a batch: images stacked, or listed as torchvision's detectors want."""
+
+    def gather(samples: list[Any]) -> Any:
+        images = [image for image, _ in samples]
+        targets = [target for _, target in samples]
+        if model.listed:
+            return images, targets
+        pixels = torch.stack(images)
+        if model.task == "segmentation":
+            return pixels, torch.stack(targets)
+        return (pixels, targets) if model.task == "detection" else pixels
+
+    return gather

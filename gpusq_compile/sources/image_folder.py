@@ -1,0 +1,171 @@
+"""`imagefolder:DIR`: one folder of images per class, or `train/` and `val/` of such folders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from gpusq_compile.errors import InputError, relative_to_cwd
+from gpusq_compile.model_source import ModelSource
+from gpusq_compile.sources.classes import match_classes
+from gpusq_compile.sources.images import classified_image, open_image
+from gpusq_compile.sources.model import LibraryModel
+from gpusq_compile.sources.require import require
+
+BATCH = 32
+TRAIN = ("train", "training")
+EVALUATION = ("val", "valid", "validation", "test")
+HELD_OUT = 5
+"""Of a folder without a split each fifth image of a class is held out for the evaluation."""
+FORM = "an image folder holds one folder of images per class, or train/ and val/ of such folders"
+
+
+@dataclass(frozen=True)
+class Samples(Dataset[Any]):
+    """Images and the model's outputs that they belong to; -1 where it has no classes."""
+
+    files: list[tuple[Path, int]]
+    transform: Any
+    channels: int
+    labelled: bool
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Any:
+        path, label = self.files[index]
+        image = self.transform(open_image(path, self.channels))
+        return (image, label) if self.labelled else image
+
+
+def image_folder(source: ModelSource, model: LibraryModel, root: Path) -> None:
+    """Give `source` the images of a folder, with the model's own preprocessing.
+
+    Raises:
+        InputError: the folder has another form, or its classes are not the model's.
+    """
+    train, held_out = _splits(source, root)
+    everything = train or held_out
+    assert everything is not None
+    outputs = _outputs(source, model, everything.folder, everything.names)
+    transform = classified_image(model.images)
+
+    def samples(split: Split) -> Samples:
+        files = [(path, outputs.get(name, -1)) for path, name in split.files]
+        return Samples(files, transform, model.images.channels, model.classes is not None)
+
+    batch = model.images.batch_size(BATCH)
+    calibration = partial(DataLoader, samples(_spread(everything)), batch_size=batch)
+    source.calibration_data = calibration
+    if train is not None:
+        source.train_data = partial(DataLoader, samples(train), batch_size=batch, shuffle=True)
+    if held_out is not None:
+        if unknown := sorted(set(held_out.names) - set(everything.names)):
+            raise InputError(
+                "unknown-class",
+                f"{held_out.folder} has the class '{unknown[0]}', which {everything.folder} "
+                "has not",
+            )
+        source.eval_data = partial(DataLoader, samples(held_out), batch_size=batch)
+
+
+@dataclass(frozen=True)
+class Split:
+    """The files of a folder with the names of their classes."""
+
+    folder: str
+    files: list[tuple[Path, str]]
+
+    @property
+    def names(self) -> list[str]:
+        return sorted({name for _, name in self.files})
+
+
+def _splits(source: ModelSource, root: Path) -> tuple[Split | None, Split | None]:
+    """The images to train on and those to evaluate on."""
+    train = next((root / name for name in TRAIN if (root / name).is_dir()), None)
+    held_out = next((root / name for name in EVALUATION if (root / name).is_dir()), None)
+    if train is None and held_out is None:
+        return _hold_out(source, _read(root))
+    if held_out is None:
+        text = f"{relative_to_cwd(root)} has no val/ folder, so accuracy is not measured"
+        source.notes.append(("no-evaluation-images", text))
+    return (
+        None if train is None else _read(train),
+        None if held_out is None else _read(held_out),
+    )
+
+
+def _hold_out(source: ModelSource, whole: Split) -> tuple[Split, Split | None]:
+    """A part of each class for the evaluation: images seen in training would flatter it."""
+    seen: dict[str, int] = {}
+    train: list[tuple[Path, str]] = []
+    held_out: list[tuple[Path, str]] = []
+    for path, name in whole.files:
+        seen[name] = seen.get(name, 0) + 1
+        (train if seen[name] % HELD_OUT else held_out).append((path, name))
+    if not held_out:
+        text = (
+            f"{whole.folder} has no class of {HELD_OUT} images, so none is held out and accuracy "
+            "is not measured"
+        )
+        source.notes.append(("no-evaluation-images", text))
+        return whole, None
+    text = (
+        f"{len(held_out)} of {len(whole.files)} images of {whole.folder} are held out for the "
+        f"evaluation, each {HELD_OUT}th of a class; val/ beside train/ would say which"
+    )
+    source.facts.append(("images-held-out", text))
+    return replace(whole, files=train), replace(whole, files=held_out)
+
+
+def _read(folder: Path) -> Split:
+    """The images below each class's folder, by class and path."""
+    shown = relative_to_cwd(folder)
+    classes = sorted(
+        place for place in folder.iterdir() if place.is_dir() and not place.name.startswith(".")
+    )
+    extensions = tuple(require("torchvision.datasets.folder").IMG_EXTENSIONS)
+    files: list[tuple[Path, str]] = []
+    for place in classes:
+        found = [
+            path
+            for path in sorted(place.rglob("*"))
+            if path.name.lower().endswith(extensions) and not path.name.startswith(".")
+        ]
+        if not found:
+            raise _no_images(f"{shown}/{place.name}", f"no image ({', '.join(extensions)})")
+        files += [(path, place.name) for path in found]
+    if not classes:
+        loose = [path for path in folder.iterdir() if path.name.lower().endswith(extensions)]
+        found_there = f"{len(loose)} images" if loose else "nothing"
+        raise _no_images(shown, f"no folder of a class, but {found_there}")
+    return Split(shown, files)
+
+
+def _no_images(place: str, found: str) -> InputError:
+    return InputError("data-not-an-imagefolder", f"{place} has {found}", hint=FORM)
+
+
+def _spread(split: Split) -> Split:
+    """The classes in turn: calibration reads the first batches alone, unshuffled."""
+    by_class: dict[str, list[tuple[Path, str]]] = {}
+    for file in split.files:
+        by_class.setdefault(file[1], []).append(file)
+    longest = max(map(len, by_class.values()))
+    turns = [files[i] for i in range(longest) for files in by_class.values() if i < len(files)]
+    return replace(split, files=turns)
+
+
+def _outputs(
+    source: ModelSource, model: LibraryModel, folder: str, names: list[str]
+) -> dict[str, int]:
+    if model.classes is None:
+        return {}
+    numbers = dict(enumerate(names))
+    outputs = match_classes(source, model.classes, numbers, folder, numbered=False)
+    return {name: outputs[number] for number, name in numbers.items()}

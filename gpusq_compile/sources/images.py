@@ -1,0 +1,83 @@
+"""Reading image files, and turning them into a model's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gpusq_compile.errors import InputError
+from gpusq_compile.sources.model import Images
+from gpusq_compile.sources.require import require
+
+MODES = {1: "L", 3: "RGB"}
+"""PIL's name of an image of so many channels."""
+
+
+def open_image(path: Path, channels: int = 3) -> Any:
+    """The PIL image of a file, whatever its own colours are, in the channels that a model takes.
+
+    Raises:
+        InputError: the file is no image, or is damaged; PIL itself would not always name it.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as file:
+            image: Image.Image = file
+            if image.mode.startswith("I;16"):
+                # Converting would clip its 16 bits at 255.
+                image = image.point(lambda value: value / 256).convert("L")
+            return image.convert(MODES[channels])
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        unknown = isinstance(error, UnidentifiedImageError)
+        raise InputError(
+            "image-unreadable",
+            f"{path}: {'no image of a known kind' if unknown else error}",
+            hint="the file is damaged or no image: replace it, or take it out of the data",
+        ) from None
+
+
+def whole_image(images: Images) -> Callable[[Any], Any]:
+    """A PIL image -> the whole of it as float32 [channels, height, width] in the model's size."""
+    transforms = require("torchvision.transforms")
+    composed: Callable[[Any], Any] = transforms.Compose(
+        [
+            transforms.Resize(images.size, _interpolation(images)),
+            transforms.ToTensor(),
+            transforms.Normalize(images.mean, images.std),
+        ]
+    )
+    return composed
+
+
+def classified_image(images: Images) -> Callable[[Any], Any]:
+    """A PIL image -> float32 [channels, height, width], cut as for the model's own evaluation."""
+    if images.own is not None:
+        return images.own
+    if images.edge is None:
+        return whole_image(images)
+    transforms = require("torchvision.transforms")
+    composed: Callable[[Any], Any] = transforms.Compose(
+        [
+            transforms.Resize(images.edge, _interpolation(images)),
+            transforms.CenterCrop(images.size),
+            transforms.ToTensor(),
+            transforms.Normalize(images.mean, images.std),
+        ]
+    )
+    return composed
+
+
+def _interpolation(images: Images) -> Any:
+    return require("torchvision.transforms").InterpolationMode(images.interpolation)
+
+
+def check_channels(origin: str, images: Images) -> None:
+    """Raise InputError for a model whose inputs no image file can give."""
+    if images.channels not in MODES:
+        raise InputError(
+            "input-channels",
+            f"{origin} takes {images.channels} channels, and image files have 1 or 3",
+            hint="a model file with train_data() can read other data",
+        )

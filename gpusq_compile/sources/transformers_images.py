@@ -1,0 +1,102 @@
+"""The size and the normalization of a transformers model's input images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gpusq_compile.sources.model import Images
+from gpusq_compile.sources.require import require
+
+DEFAULT_SIZE = (224, 224)
+IMAGENET = Images(DEFAULT_SIZE)
+PILLOW_FILTERS = {0: "nearest", 2: "bilinear", 3: "bicubic"}
+"""`resample` in preprocessor_config.json is Pillow's number of a filter."""
+
+PROCESSOR_KEYS = (
+    "size",
+    "crop_size",
+    "do_center_crop",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+    "resample",
+)
+
+
+def input_images(
+    config: Any, processor: dict[str, Any] | None, model_type: str
+) -> tuple[Images, str]:
+    """How images become `pixel_values`, and where that was read.
+
+    The size is the first of these that is known: the configuration's `image_size`, the size that
+    the preprocessor cuts or resizes to, the `image_size` of a backbone, the size of the model
+    family's own preprocessor, 224 x 224. A preprocessor that resizes the shorter side alone makes
+    inputs of any shape; a compiled model has one, so that side is taken for both.
+
+    Args:
+        processor: the content of preprocessor_config.json, None where there is none.
+        model_type: of the whole configuration, by which the family's preprocessor is found.
+    """
+    said = processor if processor is not None else _family(model_type)
+    own = "its preprocessor" if processor is not None else f"the default of {model_type}"
+    cut = _size(said.get("crop_size")) if said.get("do_center_crop") else None
+    resized = _size(said.get("size"))
+    backbone = _size(getattr(getattr(config, "backbone_config", None), "image_size", None))
+    choices = [
+        (_size(getattr(config, "image_size", None)), "its configuration"),
+        (cut or resized, own),
+        (DEFAULT_SIZE, "the default"),
+    ]
+    choices.insert(1 if processor is None else 2, (backbone, "its backbone's configuration"))
+    size, place = next((size, place) for size, place in choices if size is not None)
+    # A preprocessor made for another size keeps its margin.
+    edge = round(min(size) * min(resized) / min(cut)) if cut and resized else None
+    mean, std = said.get("image_mean") or IMAGENET.mean, said.get("image_std") or IMAGENET.std
+    if said.get("do_normalize") is False:
+        mean, std = (0.0,), (1.0,)
+    channels = getattr(config, "num_channels", 3)
+    images = Images(
+        size,
+        tuple(mean),
+        tuple(std),
+        edge=edge if edge is not None and edge >= max(size) else None,
+        channels=channels if isinstance(channels, int) else 3,
+        interpolation=PILLOW_FILTERS.get(said.get("resample") or 2, "bilinear"),
+    )
+    text = (
+        f"images of {size[0]}x{size[1]} ({place}), normalized with mean {_short(images.mean)} and "
+        f"deviation {_short(images.std)} ({own if said.get('image_mean') else 'the default'})"
+    )
+    return images, text
+
+
+def _short(values: tuple[float, ...]) -> str:
+    return "/".join(f"{value:.3g}" for value in dict.fromkeys(values))
+
+
+def _size(value: Any) -> tuple[int, int] | None:
+    """(height, width) of the forms that configurations use."""
+    if isinstance(value, int) and value > 0:
+        return value, value
+    if isinstance(value, (list, tuple)) and len(value) == 2:
+        return int(value[0]), int(value[1])
+    if isinstance(value, dict):
+        for keys in (("height", "width"), ("max_height", "max_width")):
+            if all(isinstance(value.get(key), int) for key in keys):
+                return value[keys[0]], value[keys[1]]
+        return _size(value.get("shortest_edge"))
+    return None
+
+
+def _family(model_type: str) -> dict[str, Any]:
+    """What the image processor of a model family does where nothing else is said."""
+    auto = require("transformers.models.auto.image_processing_auto")
+    names = auto.IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type)
+    if isinstance(names, dict):
+        names = tuple(names.values())
+    transformers = require("transformers")
+    for name in names or ():
+        found = getattr(transformers, name or "", None)
+        if found is not None and hasattr(found, "image_mean"):
+            return {key: getattr(found, key, None) for key in PROCESSOR_KEYS}
+    return {}

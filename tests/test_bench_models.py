@@ -1,0 +1,91 @@
+"""The table of all models: rows are kept, a failure is a row, what is there is not redone."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+TINY = "tests/data/models/tiny.py"
+
+
+@pytest.fixture
+def models(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return __import__("models")
+
+
+def run(models: ModuleType, monkeypatch: pytest.MonkeyPatch, folder: Path, *args: str) -> None:
+    command = ["models.py", "--engine", "none", "-o", str(folder), *args]
+    monkeypatch.setattr(sys, "argv", command)
+    models.main()
+
+
+def test_rows_are_kept_one_by_one_and_failures_among_them(
+    models: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = (
+        models.Row("broken", "none", "timm:deit_tinny_patch16_224"),
+        models.Row("tiny", "TinyViT", TINY, aim_seconds=60),
+    )
+    monkeypatch.setattr(models, "ROWS", rows)
+    run(models, monkeypatch, tmp_path, "--rules", "int8")
+    results = json.loads((tmp_path / "models.json").read_text())
+    assert list(results["rows"]) == ["broken / int8", "tiny / int8"]
+    broken, tiny = results["rows"].values()
+    assert (broken["status"], broken["exit_code"]) == ("bad input", 2)
+    assert "error[unknown-model]" in broken["error"]
+    assert (tiny["status"], tiny["error"]) == ("ok", None)
+    assert tiny["gemms"]["compressed"] == tiny["gemms"]["eligible"] > 0
+    assert tiny["gemms"]["total"] == tiny["gemms"]["compressed"] + sum(
+        entry["layers"] for entry in tiny["gemms"]["untouched"].values()
+    )
+    assert tiny["taps"]["patch_embed"] == 1
+    assert 0 < sum(tiny["phases"].values()) < tiny["seconds"]
+    assert tiny["peak_bytes"] > 100e6
+    assert tiny["sizes"]["model.onnx"] > 0
+    assert tiny["numerics"]["min_cosine"] > 0.99
+    text = (tmp_path / "models.md").read_text()
+    assert "- broken, int8: " in text
+    assert "left by rule 'dense-classifier'" in text
+
+    capsys.readouterr()
+    run(models, monkeypatch, tmp_path, "--rules", "int8", "--only", "tiny")
+    assert "1/1 tiny / int8: is there" in capsys.readouterr().err
+    assert list(json.loads((tmp_path / "models.json").read_text())["rows"]) == [
+        "broken / int8",
+        "tiny / int8",
+    ]
+
+
+def test_a_row_is_compiled_again_when_its_sources_or_options_change(models: ModuleType) -> None:
+    row = models.Row("tiny", "TinyViT", TINY)
+    before = models.fingerprint(row, {"engine": "none"})
+    assert models.fingerprint(row, {"engine": "none"}) == before
+    assert models.fingerprint(row, {"engine": "tensorrt-rtx"}) != before
+    other = models.Row("tiny", "TinyViT", TINY, environment={"SIZE": "2"})
+    assert models.fingerprint(other, {"engine": "none"}) != before
+
+
+def test_every_row_has_a_name_of_its_own_and_something_to_compile(models: ModuleType) -> None:
+    names = [row.name for row in models.ROWS]
+    assert len(set(names)) == len(names)
+    assert all(bool(row.spec) != (row.config is not None) for row in models.ROWS)
+
+
+def test_a_process_that_takes_too_long_is_killed(models: ModuleType) -> None:
+    ended = models.run_process([sys.executable, "-c", "import time; time.sleep(60)"], {}, timeout=1)
+    assert ended.code < 0
+    assert 1 <= ended.seconds < 30
+
+
+def test_an_unknown_row_is_named(models: ModuleType) -> None:
+    with pytest.raises(SystemExit, match="no row matches nothing-such"):
+        models.chosen(["nothing-such"])

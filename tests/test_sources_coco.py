@@ -1,0 +1,256 @@
+"""`--data coco:DIR`: photos with boxes and outlines, for detectors and segmentation models."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from gpusq_compile.errors import InputError
+from gpusq_compile.load_model import load_source
+from gpusq_compile.model_source import ModelSource
+from gpusq_compile.sources.coco import coco
+from gpusq_compile.sources.model import Classes, Images, LibraryModel, Task
+from tests.photos import HEIGHT, WIDTH, crops, make_coco
+from tests.tiny_transformers import save_config
+
+pytest.importorskip("pycocotools")
+
+
+def model_for(task: Task, **rest: Any) -> LibraryModel:
+    classes = rest.pop("classes", Classes(3))
+    return LibraryModel("hf:mine", nn.Identity(), task, Images((60, 80)), classes, **rest)
+
+
+def given(folder: Path, model: LibraryModel) -> ModelSource:
+    source = ModelSource(model.origin, model.module, ())
+    coco(source, model, folder)
+    return source
+
+
+def one_batch(source: ModelSource) -> Any:
+    """All four photos in the order of the file."""
+    assert source.calibration_data is not None
+    (batch,) = source.calibration_data()
+    return batch
+
+
+def refused(folder: Path, model: LibraryModel | None = None) -> InputError:
+    with pytest.raises(InputError) as caught:
+        one_batch(given(folder, model or model_for("detection")))
+    return caught.value
+
+
+def edited(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """The simple layout with its annotations changed."""
+    make_coco(folder, ())
+    file = folder / "annotations.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+    return folder
+
+
+class TestTargets:
+    def test_transformers_detectors_get_relative_centres_and_sizes(self, tmp_path: Path) -> None:
+        pixels, targets = one_batch(given(make_coco(tmp_path), model_for("detection")))
+        assert pixels.shape == (4, 3, 60, 80)
+        assert [len(target["boxes"]) for target in targets] == [0, 1, 2, 3]
+        first = targets[1]["boxes"][0] * torch.tensor([WIDTH, HEIGHT, WIDTH, HEIGHT])
+        assert torch.allclose(first, torch.tensor([10 + 20.0, 20 + 15.0, 40.0, 30.0]))
+        assert targets[3]["class_labels"].tolist() == [0, 1, 0]
+
+    def test_torchvision_detectors_get_corners_and_masks_in_pixels(self, tmp_path: Path) -> None:
+        model = model_for("detection", listed=True, masks=True, classes=Classes(3, first=1))
+        images, targets = one_batch(given(make_coco(tmp_path), model))
+        assert [image.shape for image in images] == [(3, 60, 80)] * 4
+        target = targets[1]
+        assert torch.allclose(target["boxes"], torch.tensor([[5.0, 10.0, 25.0, 25.0]]))
+        assert target["labels"].tolist() == [1]
+        assert target["masks"].shape == (1, 60, 80)
+        places = target["masks"][0].nonzero()
+        assert places.min(dim=0).values.tolist() == [10, 5]
+        assert places.max(dim=0).values.tolist() == [24, 24]
+        assert targets[0]["masks"].shape == (0, 60, 80)
+
+    def test_segmentation_models_get_a_class_for_each_covered_pixel(self, tmp_path: Path) -> None:
+        _, labels = one_batch(given(make_coco(tmp_path), model_for("segmentation")))
+        assert labels.shape == (4, 60, 80)
+        assert (labels[0] == 255).all()
+        assert labels[1].unique().tolist() == [0, 255]
+        assert int((labels[1] == 0).sum()) == 20 * 15
+
+    def test_crowds_and_boxes_without_an_area_are_left_out(self, tmp_path: Path) -> None:
+        def change(content: dict[str, Any]) -> None:
+            content["annotations"][-1]["iscrowd"] = 1
+            content["annotations"][-2]["bbox"][2] = 0
+
+        _, targets = one_batch(given(edited(tmp_path, change), model_for("detection")))
+        assert [len(target["boxes"]) for target in targets] == [0, 1, 2, 1]
+
+    def test_features_need_no_targets(self, tmp_path: Path) -> None:
+        batch = one_batch(given(make_coco(tmp_path), model_for("features", classes=None)))
+        assert batch.shape == (4, 3, 60, 80)
+
+
+class TestCategories:
+    @pytest.mark.parametrize(
+        ("classes", "found"),
+        [
+            (Classes(3, {0: ("flower",), 2: ("temple",)}), [2, 0, 2]),
+            (Classes(91), [7, 9, 7]),
+            (Classes(3), [0, 1, 0]),
+            (Classes(3, first=1), [1, 2, 1]),
+        ],
+    )
+    def test_categories_are_matched_by_name_then_id_then_order(
+        self, classes: Classes, found: list[int], tmp_path: Path
+    ) -> None:
+        source = given(make_coco(tmp_path), model_for("detection", classes=classes))
+        assert one_batch(source)[1][3]["class_labels"].tolist() == found
+
+    def test_more_categories_than_outputs_are_an_error(self, tmp_path: Path) -> None:
+        error = refused(make_coco(tmp_path), model_for("detection", classes=Classes(1)))
+        assert error.code == "too-many-classes"
+        assert "has 2 classes, but hf:mine has 1" in error.message
+
+
+class TestLayouts:
+    def test_the_splits_of_cocos_own_layout(self, tmp_path: Path) -> None:
+        source = given(make_coco(tmp_path), model_for("detection"))
+        assert source.train_data is not None
+        assert source.eval_data is not None
+        assert source.notes[-1][0] != "no-evaluation-images"
+
+    def test_the_simple_layout_has_nothing_to_evaluate_on_and_says_so(self, tmp_path: Path) -> None:
+        source = given(make_coco(tmp_path, ()), model_for("detection"))
+        assert source.train_data is not None
+        assert source.eval_data is None
+        assert "no-evaluation-images" in dict(source.notes)
+
+
+class TestFaults:
+    def test_a_folder_of_another_form_is_refused_with_the_form(self, tmp_path: Path) -> None:
+        error = refused(tmp_path)
+        assert error.code == "data-not-coco"
+        assert "instances_train*.json" in str(error.hint)
+
+    def test_annotations_without_their_images_are_refused(self, tmp_path: Path) -> None:
+        make_coco(tmp_path, ("train2017",))
+        (tmp_path / "train2017").rename(tmp_path / "elsewhere")
+        error = refused(tmp_path)
+        assert error.code == "data-missing"
+        assert "train2017" in error.message
+
+    def test_a_missing_image_is_named(self, tmp_path: Path) -> None:
+        make_coco(tmp_path, ())
+        (tmp_path / "images" / "2.jpg").unlink()
+        error = refused(tmp_path)
+        assert error.code == "data-missing"
+        assert "images/2.jpg" in error.message
+
+    def test_a_damaged_image_is_named(self, tmp_path: Path) -> None:
+        make_coco(tmp_path, ())
+        (tmp_path / "images" / "2.jpg").write_bytes(b"torn")
+        error = refused(tmp_path)
+        assert error.code == "image-unreadable"
+        assert "images/2.jpg" in error.message
+
+    def test_what_is_no_json_is_named_with_its_place(self, tmp_path: Path) -> None:
+        make_coco(tmp_path, ())
+        (tmp_path / "annotations.json").write_text('{"images": [}')
+        error = refused(tmp_path)
+        assert error.code == "data-not-coco"
+        assert "annotations.json:1:13: no JSON" in error.message
+
+    @pytest.mark.parametrize(
+        ("change", "part"),
+        [
+            (lambda c: c.pop("categories"), "has no categories"),
+            (lambda c: c["annotations"].clear(), "has no annotations"),
+            (lambda c: c["annotations"][0].update(category_id=4), "category_id 4"),
+            (lambda c: c["annotations"][0].pop("bbox"), "annotation 1 without a bbox"),
+            (lambda c: c["annotations"][0].update(image_id=77), "image_id 77"),
+        ],
+    )
+    def test_what_an_annotation_lacks_is_said(
+        self, change: Callable[[dict[str, Any]], object], part: str, tmp_path: Path
+    ) -> None:
+        error = refused(edited(tmp_path, change))
+        assert error.code == "data-not-coco"
+        assert part in error.message
+
+    def test_a_box_without_an_outline_cannot_train_a_segmentation(self, tmp_path: Path) -> None:
+        folder = edited(tmp_path, lambda c: c["annotations"][0].pop("segmentation"))
+        error = refused(folder, model_for("segmentation"))
+        assert error.code == "no-outlines"
+        assert "annotation 1 has a box" in error.message
+
+
+class TestLosses:
+    """What a transformers model computes from labels itself is what the fine-tune minimizes."""
+
+    @pytest.mark.parametrize(
+        "kind",
+        [
+            "DetrForObjectDetection",
+            "DeformableDetrForObjectDetection",
+            "YolosForObjectDetection",
+            "SegformerForSemanticSegmentation",
+        ],
+    )
+    def test_the_loss_of_the_outputs_is_the_models_own(self, kind: str, tmp_path: Path) -> None:
+        folder = save_config(kind, tmp_path / "model", size={"height": 64, "width": 64})
+        data = f"coco:{make_coco(tmp_path / 'data')}"
+        source = load_source(f"hf:{folder}", data=data)
+        module: Any = source.module
+        module.config.auxiliary_loss = False
+        assert source.loss is not None
+        pixels, labels = one_batch(source)
+        own = type(module).forward(module, pixels, labels=labels).loss
+        found = source.loss(outputs_only(module), (pixels, labels))
+        assert torch.allclose(found, own)
+        assert found.requires_grad
+        assert source.metrics is not None
+        with torch.no_grad():
+            (value,) = source.metrics(module(pixels), (pixels, labels)).values()
+        assert 0 <= value <= 1
+
+    def test_perfect_boxes_are_all_found(self, tmp_path: Path) -> None:
+        folder = save_config("DetrForObjectDetection", tmp_path / "model")
+        source = load_source(f"hf:{folder}", data=f"coco:{make_coco(tmp_path / 'data')}")
+        assert source.metrics is not None
+        boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.2], [0.2, 0.3, 0.1, 0.2]]])
+        targets = [{"boxes": boxes[0], "class_labels": torch.tensor([2, 0])}]
+        logits = 9.0 * nn.functional.one_hot(torch.tensor([[2, 1]]), 4).float()
+        found = source.metrics({"logits": logits, "pred_boxes": boxes}, (None, targets))
+        assert found == {"recall_50": 0.5}
+
+
+def outputs_only(module: nn.Module) -> torch.fx.GraphModule:
+    """A graph that takes images alone, as a compiled one does."""
+    root = nn.Module()
+    root.whole = module
+    graph = torch.fx.Graph()
+    graph.output(graph.call_module("whole", (graph.placeholder("pixel_values"),)))
+    return torch.fx.GraphModule(root, graph)
+
+
+def test_without_pycocotools_it_is_said_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
+    error = refused(make_coco(tmp_path))
+    assert error.code == "library-not-installed"
+    assert error.hint == "pip install 'gpusq-compile[models]'"
+
+
+def test_photos_of_one_kind_differ() -> None:
+    """The crops that the folders are made of are no copies of one another."""
+    assert len({photo.tobytes() for photo in crops(0, 6)}) == 6

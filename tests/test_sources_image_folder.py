@@ -1,0 +1,205 @@
+"""`--data imagefolder:DIR`: photos by class, with a split or without one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gpusq_compile.errors import InputError
+from gpusq_compile.model_source import ModelSource
+from gpusq_compile.sources.classes import match_classes
+from gpusq_compile.sources.data_spec import give_data
+from gpusq_compile.sources.model import Classes, Images, LibraryModel
+from tests.photos import NAMES, crops, make_image_folder, save_16_bit
+
+pytest.importorskip("torchvision")
+
+
+def given(folder: Path, classes: Classes | None = None, size: int = 32) -> ModelSource:
+    """A source with the data of a folder, for a classifier of four unnamed classes."""
+    model = LibraryModel(
+        "timm:mine",
+        torch.nn.Identity(),
+        "classification",
+        Images((size, size)),
+        classes or Classes(4),
+    )
+    source = ModelSource(model.origin, model.module, ())
+    give_data(source, model, f"imagefolder:{folder}")
+    return source
+
+
+def refused(folder: Path, classes: Classes | None = None) -> InputError:
+    def read() -> None:
+        source = given(folder, classes)
+        assert source.train_data is not None
+        list(source.train_data())
+
+    with pytest.raises(InputError) as caught:
+        read()
+    return caught.value
+
+
+def labels_of(factory: Any) -> list[int]:
+    return [int(label) for _, labels in factory() for label in labels]
+
+
+def codes(source: ModelSource) -> set[str]:
+    return {code for code, _ in source.notes}
+
+
+class TestSplits:
+    def test_train_and_val_are_used_as_they_are(self, tmp_path: Path) -> None:
+        make_image_folder(tmp_path / "train", {"a": 3, "b": 2})
+        make_image_folder(tmp_path / "val", {"b": 2})
+        source = given(tmp_path)
+        assert sorted(labels_of(source.train_data)) == [0, 0, 0, 1, 1]
+        assert labels_of(source.eval_data) == [1, 1]
+
+    def test_without_a_split_each_fifth_image_is_held_out(self, tmp_path: Path) -> None:
+        make_image_folder(tmp_path, {"a": 11, "b": 5})
+        source = given(tmp_path)
+        assert sorted(labels_of(source.train_data)) == [0] * 9 + [1] * 4
+        assert labels_of(source.eval_data) == [0, 0, 1]
+        assert "images-held-out" in dict(source.facts)
+
+    def test_too_few_images_to_hold_any_out_are_said(self, tmp_path: Path) -> None:
+        source = given(make_image_folder(tmp_path, {"a": 4, "b": 2}))
+        assert source.eval_data is None
+        assert "no-evaluation-images" in codes(source)
+
+    def test_a_train_folder_alone_is_no_class(self, tmp_path: Path) -> None:
+        make_image_folder(tmp_path / "train", {"a": 6, "b": 6})
+        source = given(tmp_path)
+        assert sorted(labels_of(source.train_data)) == [0] * 6 + [1] * 6
+        assert source.eval_data is None
+        assert "has no val/ folder" in dict(source.notes)["no-evaluation-images"]
+
+    def test_a_val_folder_alone_calibrates_and_evaluates(self, tmp_path: Path) -> None:
+        make_image_folder(tmp_path / "val", {"a": 2, "b": 2})
+        source = given(tmp_path)
+        assert source.train_data is None
+        assert source.calibration_data is not None
+        assert labels_of(source.eval_data) == [0, 0, 1, 1]
+
+    def test_a_class_of_val_that_train_has_not_is_an_error(self, tmp_path: Path) -> None:
+        make_image_folder(tmp_path / "train", {"a": 2})
+        make_image_folder(tmp_path / "val", {"b": 2})
+        error = refused(tmp_path)
+        assert error.code == "unknown-class"
+        assert "has the class 'b'" in error.message
+
+    def test_calibration_sees_every_class_at_once(self, tmp_path: Path) -> None:
+        source = given(make_image_folder(tmp_path, {"a": 4, "b": 2}))
+        assert labels_of(source.calibration_data) == [0, 1, 0, 1, 0, 0]
+
+
+class TestClasses:
+    def test_names_that_the_model_knows_decide(self, tmp_path: Path) -> None:
+        names = {0: ("cat",), 2: ("flower", "blossom"), 3: ("Temple",)}
+        source = given(make_image_folder(tmp_path), Classes(4, names))
+        assert set(labels_of(source.eval_data)) == {2, 3}
+        assert "by name" in dict(source.facts)["classes-matched"]
+
+    def test_numbers_are_outputs_and_not_sorted_as_text(self, tmp_path: Path) -> None:
+        make_image_folder(tmp_path, {"2": 5, "10": 5})
+        source = given(tmp_path, Classes(12, {0: ("cat",)}))
+        assert set(labels_of(source.eval_data)) == {2, 10}
+        assert source.notes == []
+
+    def test_unknown_names_are_counted_in_order_with_a_warning(self, tmp_path: Path) -> None:
+        source = given(make_image_folder(tmp_path))
+        assert set(labels_of(source.eval_data)) == {0, 1}
+        assert "classes-not-matched" in codes(source)
+
+    def test_as_many_unnamed_classes_as_outputs_are_no_warning(self, tmp_path: Path) -> None:
+        source = given(make_image_folder(tmp_path), Classes(2))
+        assert source.notes == []
+
+    def test_too_many_classes_are_an_error_with_both_counts(self, tmp_path: Path) -> None:
+        make_image_folder(tmp_path, dict.fromkeys("abcde", 1))
+        error = refused(tmp_path)
+        assert error.code == "too-many-classes"
+        assert "has 5 classes, but timm:mine has 4" in error.message
+
+    def test_one_unknown_name_among_known_ones_is_an_error(self, tmp_path: Path) -> None:
+        make_image_folder(tmp_path, {"temple": 1, "flower": 1, "kat": 1})
+        names = {0: ("cat",), 1: ("flower",), 2: ("temple",)}
+        error = refused(tmp_path, Classes(4, names))
+        assert error.code == "unknown-class"
+        assert error.hint == "did you mean 'cat'?"
+
+    def test_a_name_of_two_outputs_decides_nothing(self) -> None:
+        source = ModelSource("timm:mine", torch.nn.Identity(), ())
+        twice = Classes(4, {0: ("crane",), 3: ("crane",)})
+        assert match_classes(source, twice, {0: "crane"}, "data", numbered=False) == {0: 0}
+        assert "classes-not-matched" in codes(source)
+
+
+class TestImageFiles:
+    def test_every_kind_of_image_becomes_what_the_model_takes(self, tmp_path: Path) -> None:
+        folder = tmp_path / "a"
+        folder.mkdir()
+        photo = crops(0, 1)[0]
+        for mode, suffix in (("RGB", "jpg"), ("L", "jpg"), ("RGBA", "png"), ("P", "png")):
+            photo.convert(mode).save(folder / f"{mode}.{suffix}")
+        photo.convert("CMYK").save(folder / "CMYK.JPEG")
+        save_16_bit(folder / "grey16.png")
+        source = given(tmp_path, Classes(1), size=24)
+        assert source.train_data is not None
+        ((images, _),) = [*source.train_data(), *(source.eval_data or list)()][:1]
+        assert images.shape[1:] == (3, 24, 24)
+        assert images.dtype == torch.float32
+
+    def test_sixteen_bits_are_not_clipped(self, tmp_path: Path) -> None:
+        for name in ("grey8", "grey16"):
+            (tmp_path / name).mkdir()
+        save_16_bit(tmp_path / "grey16" / "1.png")
+        crops(0, 1)[0].convert("L").save(tmp_path / "grey8" / "1.png")
+        source = given(tmp_path)
+        assert source.calibration_data is not None
+        ((images, labels),) = source.calibration_data()
+        assert labels.tolist() == [0, 1]
+        assert torch.allclose(images[0], images[1], atol=0.02)
+
+    def test_a_file_that_is_no_image_is_named(self, tmp_path: Path) -> None:
+        make_image_folder(tmp_path, {"a": 2})
+        (tmp_path / "a" / "0.jpg").write_text("not an image")
+        error = refused(tmp_path)
+        assert error.code == "image-unreadable"
+        assert error.message.startswith(f"{tmp_path}/a/0.jpg: ")
+
+    def test_a_truncated_photo_is_named(self, tmp_path: Path) -> None:
+        make_image_folder(tmp_path, {"a": 2})
+        photo = tmp_path / "a" / "1.jpg"
+        photo.write_bytes(photo.read_bytes()[:900])
+        error = refused(tmp_path)
+        assert error.code == "image-unreadable"
+        assert str(photo) in error.message
+
+    def test_hidden_folders_and_other_files_are_no_classes(self, tmp_path: Path) -> None:
+        make_image_folder(tmp_path)
+        (tmp_path / ".cache").mkdir()
+        (tmp_path / "readme.txt").write_text("photos")
+        (tmp_path / NAMES[0] / "notes.txt").write_text("notes")
+        source = given(tmp_path)
+        assert "the 2 classes of" in dict(source.notes)["classes-not-matched"]
+
+
+class TestOtherFolders:
+    def test_a_class_without_an_image_is_named(self, tmp_path: Path) -> None:
+        make_image_folder(tmp_path)
+        (tmp_path / "empty").mkdir()
+        error = refused(tmp_path)
+        assert error.code == "data-not-an-imagefolder"
+        assert "/empty has no image" in error.message
+
+    def test_images_without_class_folders_are_counted(self, tmp_path: Path) -> None:
+        for index, photo in enumerate(crops(0, 3)):
+            photo.save(tmp_path / f"{index}.jpg")
+        error = refused(tmp_path)
+        assert error.code == "data-not-an-imagefolder"
+        assert "no folder of a class, but 3 images" in error.message
