@@ -185,6 +185,23 @@ def test_a_scalar_output_has_a_change_too() -> None:
 # --- records -------------------------------------------------------------------------------------
 
 
+def test_what_an_optimizer_changed_is_measured() -> None:
+    """Its fused kernels leave the version of a tensor as it was."""
+    compilation = run_until(begin(Scalar().eval(), noise(2, 32), make_rules()), "canonicalize")
+
+    def train(compilation: Compilation) -> PassResult:
+        bias = compilation.ir.get_parameter("layer.bias").requires_grad_()
+        bias.grad = torch.ones_like(bias)
+        torch.optim.AdamW([bias], lr=1.0, fused=True).step()
+        bias.requires_grad_(False)
+        return PassResult(matched=1, changed=1)
+
+    run_passes(compilation, [step(train)])
+    change = compilation.records[-1].change
+    assert change is not None
+    assert change > 1.0
+
+
 def test_a_record_holds_what_the_pass_reported(compilation: Compilation) -> None:
     result = PassResult(matched=3, changed=2, skipped=1, remarks=[missed("no", "why", "layer")])
     run_passes(compilation, [step(lambda _: result)])
