@@ -14,8 +14,8 @@ from torch import nn
 from gpusq_compile.errors import InputError, did_you_mean, nearest
 from gpusq_compile.model_source import ModelSource
 
-SYNTHETIC_BATCHES = 4
-SYNTHETIC_BATCH = 4
+SYNTHETIC_BATCHES = 8
+SYNTHETIC_BATCH = 2
 """Noise in place of data only shows that the whole compiles: there is no more to see in more."""
 
 BATCH = 32
