@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,7 @@ class CompileResult:
     output: Path | None
     files: list[Path]
     parameter_shapes: dict[str, torch.Size]
+    tied: dict[str, str] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Float32 weights under the user's own names and shapes, pruned and rounded as deployed.
@@ -81,6 +82,7 @@ class CompileResult:
         With a `scope` those of the submodule, under their names in the whole model.
         """
         state = user_state_dict(self.graph, self.parameter_shapes)
+        state |= {name: state[first] for name, first in self.tied.items() if first in state}
         return in_user_model(state, self.report.get("scope"))
 
 
@@ -271,6 +273,7 @@ def compile_model(
         output if files else None,
         files,
         compilation.parameter_shapes,
+        compilation.tied,
     )
 
 

@@ -59,6 +59,7 @@ class Compilation:
     and `reference` the outputs before the current pass. `expected` are the fake-quantized graph's
     outputs, which the final file must reproduce, and `onnx_places` the lines that the ONNX file's
     nodes come from, by name. `facts` are what passes so far ensure.
+    `tied` has for each further name of a parameter the first, which the graph reads it by.
     `accuracy` is top-1, in [0, 1], and `metrics` what the user's `metrics` gave, by stage.
     `observer` looks at the models for the page, None where there will be none.
     `started` is when it began, by the monotonic clock, `running` the pass that runs and `last_good`
@@ -81,6 +82,7 @@ class Compilation:
     records: list[PassRecord] = field(default_factory=list)
     frozen: frozenset[str] = frozenset()
     parameter_shapes: dict[str, torch.Size] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
     dense_teacher: torch.fx.GraphModule | None = None
     sparse_teacher: torch.fx.GraphModule | None = None
     tap_weights: list[float] | None = None

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 import torch.fx
@@ -40,7 +41,7 @@ from gpusq_compile.packed_graph import (
     write_document,
 )
 from gpusq_compile.packing import choose_packing, pack
-from gpusq_compile.plan import LayerPlan, planned
+from gpusq_compile.plan import LayerPlan, first_readers, planned
 from gpusq_compile.sparsity import REDUCTION_AXIS
 from gpusq_compile.user_state import parts_of, weight_scales
 
@@ -78,6 +79,7 @@ def write_packed(
     scope: str | None,
     parameters: Mapping[str, torch.Size],
     half: bool,
+    tied: Mapping[str, str] = MappingProxyType({}),
 ) -> PackedBytes:
     """Write the folded graph to `folder` as weights.safetensors and graph.json.
 
@@ -87,6 +89,7 @@ def write_packed(
         model, scope: where the graph came from.
         parameters: the user's own parameters, with their shapes.
         half: store pruned float weights as float16, which is how they are deployed.
+        tied: for each further name of a parameter the first.
 
     Raises:
         InternalError: a weight breaks the pattern or the range that its plan claims.
@@ -95,7 +98,11 @@ def write_packed(
     scales = weight_scales(graph_module)
     layers: list[LayerRecord] = []
     stored: Tensors = {}
-    for _, plan in planned(graph_module.graph):
+    first = first_readers(graph_module.graph)
+    for node, plan in planned(graph_module.graph):
+        # A weight that several layers read is packed once, under the name of the first.
+        if first.get(plan.weight, node) is not node:
+            continue
         if plan.applied.sparsity or plan.applied.weight:
             record, packed = _packed_layer(plan, tensors[plan.weight], scales, half=half)
             layers.append(record)
@@ -121,6 +128,7 @@ def write_packed(
         layers=layers,
         tensors=others,
         parameters={name: list(shape) for name, shape in parameters.items()},
+        tied=dict(tied),
         parts={
             name: [PartRecord(tensor=part.tensor, rows=row_ranges(part.rows)) for part in parts]
             for name, parts in parts_of(graph_module).items()

@@ -114,7 +114,7 @@ class PackedGraph(_Record):
 
     `sha256` is the digest of the document without it, as JSON in ASCII with sorted keys and no
     spaces. `tensors` are those that are not packed, `parameters` the user's own, with their shapes,
-    and `parts` what became of those that were split.
+    `tied` other names of some of them, and `parts` what became of those that were split.
     """
 
     format: str
@@ -127,6 +127,7 @@ class PackedGraph(_Record):
     layers: list[LayerRecord]
     tensors: dict[str, TensorRecord]
     parameters: dict[str, list[NonNegativeInt]]
+    tied: dict[str, str] = {}
     parts: dict[str, list[PartRecord]]
     nodes: list[NodeRecord]
 

@@ -70,6 +70,7 @@ class PackedModel:
             self.tensors, {n: s for n, s in scales.items() if s}, parts, graph.parameters
         )
         state = {n: v.float() if n in scales else v for n, v in state.items()}
+        state |= {n: state[first] for n, first in graph.tied.items() if first in state}
         return in_user_model(state, graph.scope)
 
 

@@ -97,6 +97,19 @@ def planned(graph: torch.fx.Graph) -> Iterator[tuple[torch.fx.Node, LayerPlan]]:
             yield node, plan
 
 
+def first_readers(graph: torch.fx.Graph) -> dict[str, torch.fx.Node]:
+    """For each weight the first operator with a plan that reads it.
+
+    What is computed for a weight is computed there, once; others that read it (tied weights, a
+    module that is called again) read the same.
+    """
+    first: dict[str, torch.fx.Node] = {}
+    for node, plan in planned(graph):
+        if plan.part is None:
+            first.setdefault(plan.weight, node)
+    return first
+
+
 def unaccounted(plan: LayerPlan) -> list[str]:
     """What was requested and neither applied nor refused with a reason."""
     if plan.reasons:

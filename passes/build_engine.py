@@ -26,8 +26,6 @@ from gpusq_compile.passes.verify_onnx import MODEL_FILE
 from gpusq_compile.plan import LayerPlan, Treatment, planned
 from gpusq_compile.remarks import Remark, analysis, missed, passed
 
-NODE = re.compile(r"at node '(?P<name>[^']+)'")
-
 
 def run(compilation: Compilation) -> PassResult:
     gemms = marked_gemms(
@@ -81,8 +79,9 @@ def run(compilation: Compilation) -> PassResult:
 
 def placed(error: CheckFailed, places: Mapping[str, Location]) -> CheckFailed:
     """The error of a builder that cannot take a node, at the line of the model that it is from."""
-    node = NODE.search(error.message)
-    place = places.get(node["name"]) if node else None
+    # In its own words the builder adds numbers to a node's name.
+    named = [name for name in places if re.search(rf"\b{re.escape(name)}(\b|_)", error.message)]
+    place = places[max(named, key=len)] if named else None
     if error.location is not None or place is None:
         return error
     hint = (

@@ -32,7 +32,7 @@ from gpusq_compile.graph.edit import (
 from gpusq_compile.graph.query import module_calls
 from gpusq_compile.lowering.runtime import Expected, record
 from gpusq_compile.pass_base import Pass, PassResult
-from gpusq_compile.plan import LayerPlan, planned, unaccounted
+from gpusq_compile.plan import LayerPlan, first_readers, planned, unaccounted
 from gpusq_compile.quantization.fake_quantize import (
     ACTIVATION_RANGES,
     FakeQuantize,
@@ -58,9 +58,16 @@ def run(compilation: Compilation) -> PassResult:
             raise InternalError("unaccounted", f"{attention.name}: nobody quantized it")
     compilation.expected = record_expected(compilation)
     with torch.no_grad():
+        first = first_readers(graph_module.graph)
+        folded: dict[str, torch.fx.Node] = {}
         for node, plan in list(planned(graph_module.graph)):
             if plan.applied.sparsity or plan.applied.weight:
-                fold_weight(graph_module, node, plan)
+                if first[plan.weight] is node:
+                    folded[plan.weight] = fold_weight(graph_module, node, plan)
+                else:
+                    value = node.args[1]
+                    assert isinstance(value, torch.fx.Node)
+                    node.replace_input_with(value, folded[plan.weight])
                 result.matched += 1
                 result.changed += 1
         graph_module.graph.eliminate_dead_code()
@@ -83,8 +90,14 @@ def record_expected(compilation: Compilation) -> list[Expected]:
     return [record(compilation.ir, *call) for call in calls or [compilation.probe]]
 
 
-def fold_weight(graph_module: torch.fx.GraphModule, node: torch.fx.Node, plan: LayerPlan) -> None:
-    """get_attr -> [mask] -> [fake-quantize] -> op   becomes   get_attr -> [dequantize] -> op."""
+def fold_weight(
+    graph_module: torch.fx.GraphModule, node: torch.fx.Node, plan: LayerPlan
+) -> torch.fx.Node:
+    """get_attr -> [mask] -> [fake-quantize] -> op   becomes   get_attr -> [dequantize] -> op.
+
+    Returns:
+        What the operator reads now.
+    """
     chain = [node.args[1]]
     while isinstance(chain[-1], torch.fx.Node) and chain[-1].op == "call_module":
         chain.append(chain[-1].args[0])
@@ -116,6 +129,7 @@ def fold_weight(graph_module: torch.fx.GraphModule, node: torch.fx.Node, plan: L
     head = chain[0]
     assert isinstance(head, torch.fx.Node)
     node.replace_input_with(head, replacement)
+    return replacement
 
 
 def fold_activation(

@@ -9,8 +9,8 @@ Guarantees `marked`: every later pass reads plans and never the rules.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.fx
@@ -27,33 +27,19 @@ from gpusq_compile.execution import (
     takes_sparse_kernels,
     treatment,
 )
-from gpusq_compile.graph.attention import Attention, find_attentions
 from gpusq_compile.graph.query import (
     WEIGHTED_OPS,
-    groups_of,
-    input_dependent,
     is_weighted,
-    kernel_size,
-    module_class,
-    module_path,
-    op_of,
-    operator_name,
     static_shape,
-    tensor_attribute,
-    value_dependent,
-    weight_source,
 )
-from gpusq_compile.graph.roles import Roles, find_roles, residual_adds
-from gpusq_compile.language.loader import Rules
 from gpusq_compile.language.matching import (
-    Candidate,
     Decision,
     decide,
     matches,
     why_unmatched,
 )
 from gpusq_compile.language.schema import BLOCK_SIZES, Distill, Quantize, Sparsity
-from gpusq_compile.named_roles import with_named_roles
+from gpusq_compile.offers import Offer, collect
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.plan import TAP_PLAN, LayerPlan, TapPlan, Treatment, planned, update_plan
 from gpusq_compile.remarks import Kind, Remark, analysis, missed, passed
@@ -63,21 +49,8 @@ from gpusq_compile.sparsity import PATTERNS, REDUCTION_AXIS
 STAGE_END = "stage_end"
 
 
-@dataclass(frozen=True)
-class Offer:
-    """A node offered to the rules. `refusal` says why its weight cannot be compressed at all."""
-
-    node: torch.fx.Node
-    candidate: Candidate
-    roles: tuple[str, ...]
-    weight: str | None = None
-    shape: tuple[int, ...] = ()
-    refusal: str | None = None
-    attention: Attention | None = None
-
-
 def run(compilation: Compilation) -> PassResult:
-    offers = collect(compilation.ir, compilation.rules)
+    offers = collect(compilation.ir, compilation.rules, compilation.tied)
     decisions = decide(compilation.rules, [offer.candidate for offer in offers])
     result = PassResult()
     for warning in decisions.warnings:
@@ -89,8 +62,9 @@ def run(compilation: Compilation) -> PassResult:
             tapped.append((offer, decision, decision.distill))
         if offer.weight is None and not is_weighted(offer.node):
             continue
-        plan = make_plan(offer, decision, compilation.targets)
-        update_plan(offer.node, plan)
+        update_plan(offer.node, make_plan(offer, decision, compilation.targets))
+    result.remarks += agree_on_shared_weights(compilation.ir.graph)
+    for _, plan in planned(compilation.ir.graph):
         if plan.requested == Treatment():
             continue
         result.matched += 1
@@ -229,113 +203,38 @@ def looking_at_inputs(plans: Sequence[LayerPlan]) -> set[str]:
     return found | {"smooth" for block in blocks if block.smooth is not None}
 
 
-def collect(graph_module: torch.fx.GraphModule, rules: Rules | None = None) -> list[Offer]:
-    """Everything the rules can match, in graph order, under unique names.
+def agree_on_shared_weights(graph: torch.fx.Graph) -> list[Remark]:
+    """Leave a weight as it is that its readers are to have in different forms, and say why.
 
-    What has a role is among it, whatever operator it is.
-
-    Raises:
-        InputError: the `rules` give a role to a name that the graph does not have.
+    Of one that they agree on, the remark says who they are.
     """
-    graph = graph_module.graph
-    dependent = input_dependent(graph)
-    residuals = set(residual_adds(graph, value_dependent(graph)))
-    attentions = find_attentions(graph)
-    roles = find_roles(graph)
-    if rules is not None and (given := rules.file.roles.given()):
-        layers = named_nodes(graph, roles, residuals, attentions)
-        roles = with_named_roles(graph, roles, given, layers, residuals, rules.roles_at)
-    readers: dict[str, int] = {}
-    for node in graph.nodes:
-        if node.op == "get_attr":
-            readers[str(node.target)] = readers.get(str(node.target), 0) + len(node.users)
-    offers: list[Offer] = []
-    for name, node in named_nodes(graph, roles, residuals, attentions).items():
-        source = weight_source(node) if is_weighted(node) else None
-        weight = str(source.target) if source is not None else None
-        shape = tuple(tensor_attribute(graph_module, weight).shape) if weight else ()
-        refusal = None
-        if is_weighted(node):
-            refusal = uncompressible(graph_module, node, weight, dependent, readers)
-        candidate = Candidate(
-            name=name,
-            op="attention" if node in attentions else op_of(node) or operator_name(node),
-            roles=frozenset(roles.get(node, ())),
-            module_class=module_class(node),
-            in_features=shape[REDUCTION_AXIS] if len(shape) > 1 else None,
-            out_features=shape[0] if shape else None,
-            kernel_size=max(kernel_size(node), default=1) if is_weighted(node) else None,
-        )
-        offers.append(
-            Offer(
-                node,
-                candidate,
-                roles.get(node, ()),
-                weight,
-                shape,
-                refusal,
-                attentions.get(node),
-            )
-        )
-    return offers
+    readers: dict[str, list[tuple[torch.fx.Node, LayerPlan]]] = {}
+    for node, plan in planned(graph):
+        readers.setdefault(plan.weight, []).append((node, plan))
+    remarks = []
+    for weight, plans in readers.items():
+        asked = any(plan.sparsity or plan.quantize for _, plan in plans)
+        if not weight or len(plans) == 1 or not asked:
+            continue
+        names = ", ".join(plan.name for _, plan in plans)
+        if len({weight_form(plan) for _, plan in plans}) == 1:
+            text = f"{names} read one weight: it has one mask, one scale and one place in the files"
+            remarks.append(analysis("shared-weight", text, plans[0][1].name))
+            continue
+        for node, plan in plans:
+            text = f"{names} read the weight {weight}, and the rules ask for different forms of it"
+            if plan.sparsity or plan.quantize:
+                update_plan(node, replace(plan.refuse(text), sparsity=None, quantize=None))
+    return remarks
 
 
-def named_nodes(
-    graph: torch.fx.Graph,
-    roles: Roles,
-    residuals: set[torch.fx.Node],
-    attentions: Mapping[torch.fx.Node, Attention],
-) -> dict[str, torch.fx.Node]:
-    """The nodes that rules can speak about, in graph order, by unique names."""
-    named: dict[str, torch.fx.Node] = {}
-    taken: dict[str, int] = {}
-    for node in graph.nodes:
-        op = "attention" if node in attentions else op_of(node)
-        if op == "add" and node not in residuals:
-            op = None  # Other adds are biases, position embeddings and the like.
-        if node.op == "call_function" and (op is not None or node in roles):
-            source = weight_source(node) if is_weighted(node) else None
-            name = layer_name(node, str(source.target) if source is not None else None)
-            named[_unique(name, taken)] = node
-    return named
-
-
-def uncompressible(
-    graph_module: torch.fx.GraphModule,
-    node: torch.fx.Node,
-    weight: str | None,
-    dependent: set[torch.fx.Node],
-    readers: Mapping[str, int],
-) -> str | None:
-    """Why the weight of a linear or a convolution cannot be compressed at all."""
-    if weight is None:
-        return "the weight is computed in the graph, not stored"
-    if node not in dependent:
-        return "its input is a constant, so the layer runs once, when the engine is built"
-    if readers[weight] > 1:
-        return f"{readers[weight]} operators read the weight {weight}"
-    if not isinstance(tensor_attribute(graph_module, weight), torch.nn.Parameter):
-        return f"the weight {weight} is a buffer, not a parameter"
-    if node.target is torch.ops.aten.conv2d.padding:
-        return f"padding {node.args[4]!r} is uneven: give it as numbers"
-    if groups_of(node) != 1:
-        return f"grouped convolution ({groups_of(node)} groups)"
-    return None
-
-
-def layer_name(node: torch.fx.Node, weight: str | None) -> str:
-    """The user's dotted name: the weight's without `.weight`, else the module's and the node's."""
-    if weight is not None:
-        return weight.removesuffix(".weight").removesuffix("_weight")
-    path = module_path(node)
-    if op_of(node) == "add" or not path:
-        return f"{path}.{node.name}".removeprefix(".")
-    return path
-
-
-def _unique(name: str, taken: dict[str, int]) -> str:
-    taken[name] = taken.get(name, 0) + 1
-    return name if taken[name] == 1 else f"{name}#{taken[name]}"
+def weight_form(plan: LayerPlan) -> tuple[object, ...]:
+    """What a plan does to the weight, as opposed to what goes in and comes out."""
+    quantize = plan.quantize
+    stored = None
+    if quantize is not None and quantize.weight != "none":
+        stored = (quantize.weight, quantize.block, quantize.rounding)
+    return plan.sparsity, stored
 
 
 def make_plan(offer: Offer, decision: Decision, compute: Sequence[str]) -> LayerPlan:

@@ -22,6 +22,7 @@ def run(compilation: Compilation) -> PassResult:
         model=compilation.source.origin,
         scope=compilation.network.scope,
         parameters=compilation.parameter_shapes,
+        tied=compilation.tied,
         half=compilation.rules.target.precision == "fp16",
     )
     result = PassResult(matched=len(packed.layers), changed=len(packed.layers))

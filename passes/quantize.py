@@ -23,7 +23,7 @@ from gpusq_compile.graph.query import tensor_attribute
 from gpusq_compile.language.training import Calibration
 from gpusq_compile.obs import Grid, sweep
 from gpusq_compile.pass_base import Pass, PassResult
-from gpusq_compile.plan import LayerPlan, planned, update_plan
+from gpusq_compile.plan import LayerPlan, first_readers, planned, update_plan
 from gpusq_compile.quantization.attention import quantize_attentions
 from gpusq_compile.quantization.calibrate import Observer, weight_scale
 from gpusq_compile.quantization.fake_quantize import (
@@ -52,14 +52,18 @@ def run(compilation: Compilation) -> PassResult:
     result = PassResult()
     activations: dict[str, FakeQuantize] = {}
     shared: dict[tuple[torch.fx.Node, str], torch.fx.Node] = {}
+    first = first_readers(graph_module.graph)
     for node, plan in list(planned(graph_module.graph)):
         quantize = plan.quantize
         if quantize is None:
             continue
         result.matched += 1
         if quantize.weight != "none":
-            module = weight_quantizer(compilation, plan)
-            insert_weight_quantizer(graph_module, node, plan, module)
+            if first[plan.weight] is node:
+                module = weight_quantizer(compilation, plan)
+                insert_weight_quantizer(graph_module, node, plan, module)
+            else:
+                read_as_first(node, first[plan.weight])
             plan = plan.apply(weight=quantize.weight)
         if quantize.activation != "none":
             source = node.args[0]
@@ -91,7 +95,7 @@ def run(compilation: Compilation) -> PassResult:
     # Activations are calibrated on the sparse float model; weights are quantized from here on.
     unrounded = []
     for node, plan in planned(graph_module.graph):
-        if plan.applied.weight is not None:
+        if plan.applied.weight is not None and first[plan.weight] is node:
             rounded_already = ROUNDED_WITH in node.meta
             set_weight_scale(graph_module, node, plan, calibration.weight)
             result.remarks += dead_weights(graph_module, node, plan)
@@ -100,6 +104,14 @@ def run(compilation: Compilation) -> PassResult:
     if unrounded:
         round_by_inputs(compilation, unrounded, result)
     return result
+
+
+def read_as_first(node: torch.fx.Node, first: torch.fx.Node) -> None:
+    """Let an operator read its weight as the first one that reads it does."""
+    own, shared = node.args[1], first.args[1]
+    assert isinstance(own, torch.fx.Node)
+    assert isinstance(shared, torch.fx.Node)
+    node.replace_input_with(own, shared)
 
 
 def is_quantizer(

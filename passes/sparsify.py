@@ -18,8 +18,8 @@ from gpusq_compile.graph.edit import finish, insert_module_call, inserted_path
 from gpusq_compile.graph.query import tensor_attribute, weight_source
 from gpusq_compile.obs import Grid, sweep
 from gpusq_compile.pass_base import Pass, PassResult
-from gpusq_compile.passes.quantize import ROUNDED_WITH, weight_quantizer
-from gpusq_compile.plan import PLAN, LayerPlan, planned, update_plan
+from gpusq_compile.passes.quantize import ROUNDED_WITH, read_as_first, weight_quantizer
+from gpusq_compile.plan import PLAN, LayerPlan, first_readers, planned, update_plan
 from gpusq_compile.quantization.calibrate import weight_scale
 from gpusq_compile.remarks import missed, passed
 from gpusq_compile.second_moments import LayerInputs, as_matrix, as_weight, output_errors
@@ -32,9 +32,15 @@ def run(compilation: Compilation) -> PassResult:
     if needs_dense_teacher(compilation):
         compilation.dense_teacher = frozen_copy(graph_module)
     masks: dict[torch.fx.Node, Mask] = {}
+    first = first_readers(graph_module.graph)
     for node, plan in list(planned(graph_module.graph)):
-        if plan.sparsity is not None:
+        if plan.sparsity is None:
+            continue
+        if first[plan.weight] is node:
             masks[node] = insert_mask(graph_module, node, plan, plan.sparsity.pattern)
+        else:
+            read_as_first(node, first[plan.weight])
+            update_plan(node, plan.apply(sparsity=plan.sparsity.pattern))
     finish(graph_module)
     result.matched = result.changed = len(masks)
     methods = {plan.sparsity.method for _, plan in planned(graph_module.graph) if plan.sparsity}

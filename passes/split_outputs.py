@@ -9,6 +9,7 @@ that cannot be split stays whole, with the reason.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import torch
@@ -34,11 +35,14 @@ from gpusq_compile.remarks import missed, passed
 def run(compilation: Compilation) -> PassResult:
     graph_module = compilation.ir
     result = PassResult()
+    weights = Counter(plan.weight for _, plan in planned(graph_module.graph))
     for node, plan in list(planned(graph_module.graph)):
         if plan.quantize is None or not plan.quantize.split:
             continue
         result.matched += 1
         try:
+            if weights[plan.weight] > 1:
+                raise NotCut("other layers read its weight too")
             parts = split(graph_module, node, plan)
         except NotCut as reason:
             text = f"not split: {reason}"

@@ -23,7 +23,7 @@ from gpusq_compile.lowering.wiring import (
     untranspose,
 )
 from gpusq_compile.pass_base import Pass, PassResult
-from gpusq_compile.plan import Treatment, planned
+from gpusq_compile.plan import LayerPlan, Treatment, planned
 from gpusq_compile.remarks import passed
 
 
@@ -32,21 +32,29 @@ def run(compilation: Compilation) -> PassResult:
     graph = gs.import_onnx(compilation.onnx_model)
     result = PassResult()
     tensors = graph.tensors()
+    readers: dict[str, list[LayerPlan]] = {}
     for _, plan in planned(compilation.ir.graph):
-        weight = tensors.get(plan.weight)
+        readers.setdefault(plan.weight, []).append(plan)
+    order = {id(node): index for index, node in enumerate(graph.nodes)}
+    for path, plans in readers.items():
+        weight = tensors.get(path)
         if not isinstance(weight, gs.Constant):
             continue
-        result.matched += 1
+        result.matched += len(plans)
         moved = untranspose(weight)
         gemms = [node for node in consumers(weight) if node.op in GEMM_OPS]
-        if not gemms:
-            raise InternalError("gemm-lost", f"no GEMM reads the weight of {plan.name} any more")
-        for index, gemm in enumerate(gemms):
-            gemm.name = plan.name if index == 0 else f"{plan.name}#{index + 1}"
+        if len(gemms) < len(plans):
+            name = plans[len(gemms)].name
+            raise InternalError("gemm-lost", f"no GEMM reads the weight of {name} any more")
+        # The exporter keeps the order of the graph, so of those that share a weight the first
+        # GEMM is the first layer's.
+        for index, gemm in enumerate(sorted(gemms, key=lambda node: order[id(node)])):
+            gemm.name = plans[index].name if index < len(plans) else f"{plans[0].name}#{index + 1}"
             name_quantizers(gemm)
-        result.changed += 1
+        result.changed += len(plans)
         if moved:
-            result.remarks.append(passed("untransposed", "weight stored as [K, N]", plan.name))
+            text = "weight stored as [K, N]"
+            result.remarks += [passed("untransposed", text, plan.name) for plan in plans]
     for node, attention in planned_attentions(compilation.ir.graph):
         if attention.applied != Treatment():
             result.matched += 1

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from gpusq_compile.batch_inputs import moved
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.data import some_batches
 from gpusq_compile.errors import InputError
+from gpusq_compile.graph.edit import remove_tensor, set_tensor
 from gpusq_compile.graph.functional import is_write, make_functional
 from gpusq_compile.graph.query import output_nodes, source_line
 from gpusq_compile.lowering.lift import convention_of
@@ -54,6 +55,8 @@ def run(compilation: Compilation) -> PassResult:
     check_program(program)
     compilation.convention = convention_of(program, outputs)
     compilation.graph = graph_module
+    compilation.tied = tied_names(module)
+    read_by_first_name(graph_module, compilation.tied)
     compilation.parameter_shapes = {
         name: parameter.shape for name, parameter in module.named_parameters()
     }
@@ -68,6 +71,29 @@ def run(compilation: Compilation) -> PassResult:
         compilation.console.warn(text)
         result.remarks.append(missed(code, text))
     return result
+
+
+def tied_names(module: torch.nn.Module) -> dict[str, str]:
+    """For each further name of a parameter that has several, the first."""
+    first: dict[torch.nn.Parameter, str] = {}
+    tied = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if first.setdefault(parameter, name) != name:
+            tied[name] = first[parameter]
+    return tied
+
+
+def read_by_first_name(graph_module: torch.fx.GraphModule, tied: Mapping[str, str]) -> None:
+    """Let the graph read and hold each parameter under one name; `torch.export` takes any."""
+    for node in graph_module.graph.nodes:
+        if node.op == "get_attr" and str(node.target) in tied:
+            node.target = tied[str(node.target)]
+    held = dict(graph_module.named_parameters(remove_duplicate=False))
+    for name in tied.keys() & held.keys():
+        if tied[name] not in held:
+            set_tensor(graph_module, tied[name], held[name], trainable=True)
+        remove_tensor(graph_module, name)
+    graph_module.recompile()
 
 
 def frozen_parameters(module: torch.nn.Module) -> frozenset[str]:
