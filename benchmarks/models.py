@@ -89,6 +89,9 @@ def result_of(ended: Ended, output: Path) -> dict[str, Any]:
         "peak_bytes": ended.own_peak_bytes,
         "peak_bytes_with_builder": ended.peak_bytes,
     }
+    if ended.code < 0:
+        found["error"] = f"ended by signal {-ended.code} after {ended.seconds:.0f} s"
+        return found
     path = output / "report.json"
     if not path.is_file():
         said = [line for line in ended.stderr.strip().splitlines() if line.strip()]
@@ -171,8 +174,12 @@ def taps(report: dict[str, Any]) -> list[str]:
     """The role of each tap: `stage_end` is there once for each stage."""
     marked = next((entry for entry in report["passes"] if entry["name"] == "mark"), None)
     remarks = marked["remarks"] if marked else []
-    start = "distill at "
-    return [r["reason"].removeprefix(start) for r in remarks if r["code"] == "tap-marked"]
+    said = [
+        remark["reason"].removeprefix("distill at ").partition(":")[0]
+        for remark in remarks
+        if remark["code"] == "tap-marked"
+    ]
+    return ["stage_end" if text.startswith("end of stage") else text for text in said]
 
 
 def engine(report: dict[str, Any]) -> dict[str, Any] | None:
@@ -289,7 +296,8 @@ def main() -> None:
         key = fingerprint(row, {**options, "rules": rules})
         label = f"{position}/{len(todo)} {name}"
         old = results["rows"].get(name)
-        if old is not None and old["fingerprint"] == key and not arguments.again:
+        kept = old is not None and old["fingerprint"] == key and old["status"] != "killed"
+        if kept and not arguments.again:
             print(f"{label}: is there", file=sys.stderr)
             continue
         found = compile_row(row, rules, arguments.engine, arguments.timeout)

@@ -34,9 +34,11 @@ def torchvision(family: str, name: str) -> Row:
     return Row(f"torchvision {name}", family, f"torchvision:{name}")
 
 
-def example(family: str, file: str, **environment: str) -> Row:
+def example(family: str, file: str, *, scope: str | None = None, **environment: str) -> Row:
     name = " ".join([file, *environment.values()])
-    return Row(name, family, f"examples/{file}.py", environment=environment)
+    arguments = ("--scope", scope) if scope else ()
+    path = f"examples/{file}.py"
+    return Row(name, family, path, environment=environment, arguments=arguments)
 
 
 def transformers(family: str, architecture: str, **config: Any) -> Row:
@@ -60,11 +62,11 @@ FAMILIES: tuple[Row, ...] = (
     timm("SwinV2", "swinv2_base_window8_256"),
     example("A-ViT", "avit", AVIT="tiny"),
     example("A-ViT", "avit", AVIT="small"),
-    example("Mask R-CNN", "mask_rcnn_swin", SWIN="tiny"),
-    example("Mask R-CNN", "mask_rcnn_swin", SWIN="small"),
-    example("Cascade Mask R-CNN", "cascade_mask_rcnn_swin", SWIN="tiny"),
-    example("Cascade Mask R-CNN", "cascade_mask_rcnn_swin", SWIN="small"),
-    example("Cascade Mask R-CNN", "cascade_mask_rcnn_swin", SWIN="base"),
+    example("Mask R-CNN", "mask_rcnn_swin", scope="backbone", SWIN="tiny"),
+    example("Mask R-CNN", "mask_rcnn_swin", scope="backbone", SWIN="small"),
+    example("Cascade Mask R-CNN", "cascade_mask_rcnn_swin", scope="backbone", SWIN="tiny"),
+    example("Cascade Mask R-CNN", "cascade_mask_rcnn_swin", scope="backbone", SWIN="small"),
+    example("Cascade Mask R-CNN", "cascade_mask_rcnn_swin", scope="backbone", SWIN="base"),
     example("DETR", "detr_r50"),
     Row(
         "deformable_detr_r50",
@@ -72,9 +74,9 @@ FAMILIES: tuple[Row, ...] = (
         "examples/deformable_detr_r50.py",
         aim_seconds=60,
     ),
-    example("UperNet", "upernet_swin", SWIN="tiny"),
-    example("UperNet", "upernet_swin", SWIN="small"),
-    example("UperNet", "upernet_swin", SWIN="base"),
+    example("UperNet", "upernet_swin", UPERNET="tiny"),
+    example("UperNet", "upernet_swin", UPERNET="small"),
+    example("UperNet", "upernet_swin", UPERNET="base"),
 )
 """The families of the GPUSQ-ViT paper, in its sizes."""
 

@@ -29,6 +29,7 @@ from swin_fpn import NUM_CLASSES, SIZE, Target
 
 example_inputs = plain.example_inputs
 train_data = plain.train_data
+calibration_data = plain.calibration_data
 eval_data = plain.eval_data
 loss = plain.loss
 metrics = plain.metrics

@@ -27,7 +27,7 @@ from photos import CLASSES, Target, best_overlap, normalized, relative_boxes, sa
 Batch = tuple[Tensor, list[Target]]
 
 TINY = os.environ.get("DETR", "r50") == "tiny"
-IMAGE_SIZE = int(os.environ.get("IMAGE_SIZE", "128" if TINY else "512"))
+IMAGE_SIZE = int(os.environ.get("IMAGE_SIZE", "128" if TINY else "384"))
 BATCH_SIZE = 2
 
 
@@ -90,6 +90,11 @@ def batches(count: int, seed: int) -> list[Batch]:
 
 def train_data() -> list[Batch]:
     return batches(8, seed=2)
+
+
+def calibration_data() -> list[Batch]:
+    """Few images: each is hundreds of tokens or more, and every one of them is looked at."""
+    return batches(2, seed=4)
 
 
 def eval_data() -> list[Batch]:

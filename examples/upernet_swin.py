@@ -103,6 +103,11 @@ def train_data() -> list[Batch]:
     return batches(8, seed=2)
 
 
+def calibration_data() -> list[Batch]:
+    """Few images: each is hundreds of tokens or more, and every one of them is looked at."""
+    return batches(2, seed=4)
+
+
 def eval_data() -> list[Batch]:
     return batches(2, seed=3)
 

@@ -101,11 +101,12 @@ class Console:
         self._note = text
 
     @contextmanager
-    def busy(self, label: str) -> Iterator[None]:
+    def busy(self, label: str, *, said: bool = False) -> Iterator[None]:
         """A spinner with the time so far, while something runs that cannot say how far it is.
 
         `progress` within takes its place; within another `busy` nothing is added. Where stderr is
-        no terminal, a line at the end of what took longer than `PLAIN_INTERVAL_S`.
+        no terminal, what is to be `said` gets a line at its end if it took longer than
+        `PLAIN_INTERVAL_S`.
         """
         if self.rich.quiet or self._spinner is not None:
             yield
@@ -113,7 +114,7 @@ class Console:
         started = time.monotonic()
         if not self.rich.is_terminal:
             yield
-            if (seconds := time.monotonic() - started) > PLAIN_INTERVAL_S:
+            if said and (seconds := time.monotonic() - started) > PLAIN_INTERVAL_S:
                 self.info(f"{label}: {seconds:.0f} s")
             return
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
@@ -136,11 +137,11 @@ class Console:
         elif not self.rich.is_terminal:
             yield from self._lines(label, total)
         elif self._bars is not None:
-            task = self._bars.add_task(label, total=total, text="")
+            inner = self._add(self._bars, label, total)
             try:
-                yield self._advance(self._bars, task)
+                yield self._advance(self._bars, inner, noted=False)
             finally:
-                self._bars.remove_task(task)
+                self._bars.remove_task(inner)
         else:
             yield from self._bar(label, total)
 
@@ -152,7 +153,7 @@ class Console:
             MofNCompleteColumn(),
             _Rate(),
             TimeElapsedColumn(),
-            TextColumn("left"),
+            TextColumn("{task.fields[left]}"),
             TimeRemainingColumn(),
         )
         # Only one live display may be active at once.
@@ -161,17 +162,20 @@ class Console:
         self._note = ""
         try:
             with _Bar(*columns, console=self.rich, transient=True) as self._bars:
-                task = self._bars.add_task(label, total=total, text="")
-                yield self._advance(self._bars, task)
+                yield self._advance(self._bars, self._add(self._bars, label, total))
         finally:
             self._bars = None
             if self._spinner is not None:
                 self._spinner.start()
 
-    def _advance(self, bars: Progress, task: TaskID) -> Advance:
+    def _add(self, bars: Progress, label: str, total: int | None) -> TaskID:
+        return bars.add_task(escape(label), total=total, text="", left="left" if total else "")
+
+    def _advance(self, bars: Progress, task: TaskID, *, noted: bool = True) -> Advance:
         def advance(text: str = "", to: float | None = None) -> None:
             step = {"advance": 1.0} if to is None else {"completed": to}
-            bars.update(task, text=self._with_note(text), **step)  # type: ignore[arg-type]
+            shown = self._with_note(text) if noted else text
+            bars.update(task, text=shown, **step)  # type: ignore[arg-type]
 
         return advance
 

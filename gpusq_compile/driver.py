@@ -65,14 +65,16 @@ def run_pass(compilation: Compilation, step: Pass) -> None:
     started = time.monotonic()
     # What a pass draws does not depend on what the passes before drew: a resumed run trains less.
     seed_everything(derived_seed(compilation.options.seed, step.name))
-    with console.busy(step.name):
+    with console.busy(step.name, said=True):
         result = step.run(compilation)
     seconds = time.monotonic() - started
     change = None
     if compilation.graph is not None and "onnx" not in compilation.facts | set(step.ensures):
         verify_ir(compilation.graph, step.name)
-        same = state is not None and state.holds(compilation.graph)
-        change = 0.0 if same else numerical_change(compilation)
+        change = 0.0
+        checked = result.changed or step.preserves is not None
+        if checked and (state is None or not state.holds(compilation.graph)):
+            change = numerical_change(compilation)
         if step.preserves is not None and not change <= step.preserves:
             raise InternalError(
                 "not-preserved",

@@ -29,7 +29,7 @@ INVERSE_BLOCK = 256
 """Rows of a triangular matrix that are inverted at once; the rest of the work are products."""
 
 EXACT_COLUMNS = 512
-"""Wider weights are swept in float32; the factorization is float64 for all."""
+"""Wider weights are swept in float32, and their moments factorized in it where damping allows."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def sweep(
     solvers = torch.linalg.solve_triangular(solvers, identity, upper=True)
     if columns > EXACT_COLUMNS:
         factor, solvers = factor.float(), solvers.float()
-        choices = None if choices is None else choices.float()
+        choices = choices and choices.float()
     # Columns are the rows of what is swept, so that all that is done to one is done to a run of
     # memory.
     left = weight.T.to(factor.dtype, copy=True, memory_format=torch.contiguous_format)
@@ -122,7 +122,7 @@ def sweep(
 
 
 def inverse_factor(moments: torch.Tensor, damping: float) -> torch.Tensor:
-    """U, float64 upper triangular, with `U.T @ U` the inverse of the damped moments.
+    """U, upper triangular, with `U.T @ U` the inverse of the damped moments.
 
     The moments are first divided by the mean of their diagonal: U's own scale means nothing to
     the sweep. Damping grows by factors of ten where rounding errors leave the moments indefinite.
@@ -135,7 +135,7 @@ def inverse_factor(moments: torch.Tensor, damping: float) -> torch.Tensor:
     mean = float(moments.diagonal().double().mean())
     while True:
         # Reversed, the lower factor of Cholesky is the upper R of moments = R R^T; U is R^-1.
-        damped = moments.flip(0, 1).double()
+        damped = moments.flip(0, 1).to(_precision(len(moments), damping))
         damped = damped.div_(mean) if mean > 0 else damped.zero_()
         damped.diagonal().add_(damping)
         lower, failed = torch.linalg.cholesky_ex(damped)
@@ -143,6 +143,15 @@ def inverse_factor(moments: torch.Tensor, damping: float) -> torch.Tensor:
         if not int(failed):
             return _inverse_of_lower(lower).flip(0, 1)
         damping *= 10.0
+
+
+def _precision(columns: int, damping: float) -> torch.dtype:
+    """float64, or where its rounding errors are small beside the damping, float32.
+
+    The largest eigenvalue is at most the sum of the diagonal, whose mean is 1.
+    """
+    small = 10.0 * columns * torch.finfo(torch.float32).eps < damping
+    return torch.float32 if columns > EXACT_COLUMNS and small else torch.float64
 
 
 def _inverse_of_lower(lower: torch.Tensor) -> torch.Tensor:

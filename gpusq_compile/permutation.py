@@ -16,7 +16,7 @@ from itertools import combinations
 
 import torch
 
-from gpusq_compile.column_pairs import CHUNK_BYTES, pair_anew, pair_by_covariance, take_best
+from gpusq_compile.column_pairs import CHUNK_BYTES, each, pair_anew, pair_by_covariance, take_best
 from gpusq_compile.sparsity import Pattern
 
 SMALL = 1 << 16
@@ -27,6 +27,8 @@ WORK = 2 * 10**7
 most of what is gained is gained in the first."""
 
 MIN_ROUNDS = 10
+MEETINGS = 4
+"""Times that two groups of one block meet in a larger layer on average; few gain anything later."""
 
 LARGE_ROUND = 4
 """A round takes so many times as long where groups hold more than two units of two columns."""
@@ -87,10 +89,7 @@ def best_order(
         paired = pair_by_covariance(energy, labels, pattern.group)
         if kept_energy(energy, paired, pattern) > kept_energy(energy, order, pattern):
             order = paired
-    visits = rows * columns * (LARGE_ROUND if pattern.unit == 2 and pattern.units > 2 else 1)
-    rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, WORK // visits))
-    if rows * columns <= SMALL:
-        rounds = MAX_ROUNDS
+    rounds = MAX_ROUNDS if rows * columns <= SMALL else affordable_rounds(rows, labels, pattern)
     idle = 0
     for _ in range(rounds):
         pairs = random_pairs(labels, generator)
@@ -105,6 +104,15 @@ def best_order(
     if after > before:
         return Order(order, before, after)
     return Order(identity, before, before)
+
+
+def affordable_rounds(rows: int, labels: torch.Tensor, pattern: Pattern) -> int:
+    """The rounds that the search may take in a larger layer with these blocks."""
+    visits = rows * len(labels) * pattern.group
+    if pattern.unit == 2 and pattern.units > 2:
+        visits *= LARGE_ROUND
+    others = int(torch.unique(labels, return_counts=True)[1].max()) - 1
+    return min(MAX_ROUNDS, max(MIN_ROUNDS, WORK // visits), max(1, MEETINGS * others))
 
 
 def group_blocks(blocks: torch.Tensor | None, columns: int, pattern: Pattern) -> torch.Tensor:
@@ -181,13 +189,12 @@ def regroup(
     # Besides the columns, all pairs of columns are kept, twice, while a chunk is looked at.
     row_bytes = 4 * energy.shape[1] * 2 * (group * (2 * group - 1) + 2 * group)
     step = max(1, CHUNK_BYTES // row_bytes)
-    gain = 0.0
-    for part in torch.split(places, step):
-        columns = order[part]
-        values = energy[columns.T.to(energy.device)]
-        scores = split_scores(values, pattern)
-        gain += take_best(order, part, ways, scores)
-    return gain
+
+    def improve(part: torch.Tensor) -> float:
+        values = energy[order[part].T.to(energy.device)]
+        return take_best(order, part, ways, split_scores(values, pattern))
+
+    return sum(each(improve, torch.split(places, step)))
 
 
 def split_scores(values: torch.Tensor, pattern: Pattern) -> torch.Tensor:

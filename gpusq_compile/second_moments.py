@@ -102,11 +102,15 @@ def _product_with_itself(rows: torch.Tensor) -> torch.Tensor:
 
 
 def thinned(rows: torch.Tensor, step: int) -> torch.Tensor:
-    """About every `step`-th of the rows [rows, columns]."""
-    # Tokens come image by image: a step that divides their number would see the same ones of each.
-    while math.gcd(step, len(rows)) > 1:
-        step += 1
-    return rows[::step]
+    """One of each `step` rows [rows, columns].
+
+    Tokens come image by image. Each time the next of the `step` is taken, so that all tokens are
+    seen even where the step divides their number.
+    """
+    if step == 1:
+        return rows
+    index = torch.arange(len(rows) // step, device=rows.device)
+    return rows[index * step + index % step]
 
 
 def mean_squares(rows: Iterable[torch.Tensor]) -> torch.Tensor:

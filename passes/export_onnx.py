@@ -2,8 +2,8 @@
 
 Needs `folded` and `split`. Lifts the graph into an `ExportedProgram` by hand, so that nothing is
 traced a second time, and gives it to `torch.onnx.export` with one translation for each of the two
-integer operators. A graph with an operator that the exporter cannot translate whole is decomposed
-first.
+integer operators. Operators that the exporter does not know are decomposed one by one; a graph in
+which it then cannot translate one's use is decomposed as a whole.
 Guarantees `onnx`: float32 around int8 weights, dynamic batch.
 """
 
@@ -29,7 +29,10 @@ def run(compilation: Compilation) -> PassResult:
         except CheckFailed as error:
             result.remarks.append(analysis("decomposed", f"not translated whole: {error.message}"))
             program = lift(compilation.ir, compilation.convention)
-            compilation.onnx_model = to_onnx(program, compilation.onnx_places)
+            try:
+                compilation.onnx_model = to_onnx(program, compilation.onnx_places)
+            except CheckFailed:
+                raise error from None  # It names the operator that a person knows.
     nodes = len(compilation.onnx_model.graph.node)
     result.remarks.append(analysis("exported", f"{nodes} ONNX nodes, opset {OPSET}"))
     return result

@@ -86,9 +86,11 @@ def test_what_was_measured_on_the_way_stands_beside_the_steps(clock: Clock) -> N
 
 def test_what_takes_long_without_steps_is_named_when_it_is_done(clock: Clock) -> None:
     console, stream = plain()
-    with console.busy("trace"):
+    with console.busy("importing torch"):
         clock(25.0)
-    with console.busy("mark"):
+    with console.busy("trace", said=True):
+        clock(25.0)
+    with console.busy("mark", said=True):
         clock(1.0)
     assert stream.getvalue() == "trace: 25 s\n"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.driver import MEASURED_AFTER, run_passes
 from gpusq_compile.errors import CheckFailed, InternalError
+from gpusq_compile.finetune.optimizer import mark_as_written
+from gpusq_compile.graph.edit import set_tensor
+from gpusq_compile.graph.query import aten
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.passes import PIPELINE
 from gpusq_compile.remarks import missed
@@ -92,6 +96,46 @@ def test_a_pass_that_claims_to_keep_the_function_and_does_not_is_stopped(
     assert "its limit is 0.0001" in caught.value.message
 
 
+@pytest.mark.parametrize("way", ["in place", "another tensor", "another node"])
+def test_a_pass_that_says_it_changed_nothing_is_checked_all_the_same(
+    compilation: Compilation, way: str
+) -> None:
+    def run(compilation: Compilation) -> PassResult:
+        graph_module = compilation.ir
+        if way == "in place":
+            scale_the_output(1.5)(compilation)
+        elif way == "another tensor":
+            weight = graph_module.get_parameter("second.weight").detach() * 1.5
+            set_tensor(graph_module, "second.weight", weight, trainable=True)
+        else:
+            gelu = next(n for n in graph_module.graph.nodes if n.target is aten.gelu.default)
+            gelu.target = aten.relu.default
+            graph_module.recompile()
+        return PassResult(matched=1, changed=0)
+
+    with pytest.raises(InternalError, match="not-preserved"):
+        run_passes(compilation, [step(run, preserves=1e-4)])
+
+
+def test_the_graph_is_run_only_behind_passes_that_touched_it(
+    compilation: Compilation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = []
+    graph_type = type(compilation.ir)
+    forward = graph_type.forward
+
+    def counted(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        runs.append(self)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(graph_type, "forward", counted)
+    run_passes(compilation, [step(preserves=0.0), step()])
+    assert not runs
+    assert [record.change for record in compilation.records[-2:]] == [0.0, 0.0]
+    run_passes(compilation, [step(scale_the_output(1.0), preserves=0.0)])
+    assert runs == [compilation.ir]
+
+
 def test_a_change_within_the_promise_is_recorded(compilation: Compilation) -> None:
     run_passes(compilation, [step(scale_the_output(1 + 1e-6), preserves=1e-4)])
     change = compilation.records[-1].change
@@ -140,6 +184,25 @@ def test_a_scalar_output_has_a_change_too() -> None:
 
 
 # --- records -------------------------------------------------------------------------------------
+
+
+def test_what_an_optimizer_changed_is_measured() -> None:
+    """Its fused kernels alone would leave the version of a tensor as it was."""
+    compilation = run_until(begin(Scalar().eval(), noise(2, 32), make_rules()), "canonicalize")
+
+    def train(compilation: Compilation) -> PassResult:
+        bias = compilation.ir.get_parameter("layer.bias").requires_grad_()
+        bias.grad = torch.ones_like(bias)
+        optimizer = torch.optim.AdamW([bias], lr=1.0, fused=True)
+        optimizer.register_step_post_hook(mark_as_written)
+        optimizer.step()
+        bias.requires_grad_(False)
+        return PassResult(matched=1, changed=1)
+
+    run_passes(compilation, [step(train)])
+    change = compilation.records[-1].change
+    assert change is not None
+    assert change > 1.0
 
 
 def test_a_record_holds_what_the_pass_reported(compilation: Compilation) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -67,6 +67,23 @@ def quantized(masked: Compilation) -> Compilation:
 def sparse(masked: Compilation) -> Compilation:
     """About to enter the sparse phase."""
     return fork(masked)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_a_step_is_seen_in_the_versions_of_the_parameters(
+    sparse: Compilation, kind: Literal["adamw", "sgd"]
+) -> None:
+    unfreeze(sparse.ir, sparse.frozen)
+    optimizer = make_optimizer(sparse.ir, Phase(optimizer=kind))
+    before = {name: p._version for name, p in sparse.ir.named_parameters()}
+    sparse.ir(images(2))[0].sum().backward()
+    optimizer.step()
+    assert all(p._version > before[name] for name, p in sparse.ir.named_parameters())
+
+
+def test_what_the_quantize_phase_changed_is_measured(quantized: Compilation) -> None:
+    compilation = run_until(fork(quantized), "finetune_quantized")
+    assert compilation.records[-1].change
 
 
 def weights_of(compilation: Compilation) -> dict[str, Tensor]:

@@ -16,16 +16,19 @@ from gpusq_compile.obs import BLOCK, Grid, inverse_factor, sweep
 from gpusq_compile.quantization.calibrate import weight_scale
 from gpusq_compile.quantization.fake_quantize import FakeQuantize, IntegerRange
 from gpusq_compile.second_moments import (
+    LayerInputs,
     as_matrix,
     as_weight,
     input_rows,
     mean_squares,
     output_error,
+    output_errors,
     second_moments,
+    thinned,
 )
 from gpusq_compile.sparsity import PATTERNS, Pattern, magnitude_mask, violations
 from tests.compilations import begin, make_rules, node_and_plan, run_until
-from tests.models import Convolution, noise, seeded
+from tests.models import Convolution, Perceptron, noise, seeded
 
 steady = settings(deadline=None)  # A busy machine is no failure.
 TWO_OF_FOUR = PATTERNS["2:4"]
@@ -199,6 +202,32 @@ def test_blocks_change_nothing(pattern: Pattern, monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(blocked, whole)
 
 
+@every_pattern
+@pytest.mark.parametrize("levels", [None, INT8])
+def test_a_wide_weight_in_float32_gets_the_mask_and_error_of_float64(
+    pattern: Pattern, levels: IntegerRange | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, moments = noise(16, 192), second_moments([correlated(2000, 192, 2)])
+    grid = None if levels is None else grid_of(weight, levels)
+    exact, mask = sweep(weight, moments, DAMPING, pattern=pattern, grid=grid)
+    monkeypatch.setattr("gpusq_compile.obs.EXACT_COLUMNS", 100)
+    found, other = sweep(weight, moments, DAMPING, pattern=pattern, grid=grid)
+    assert mask.eq(other).float().mean() > 0.999
+    expected = output_error(weight, exact, moments)
+    assert output_error(weight, found, moments) == pytest.approx(expected, rel=1e-3)
+    if grid is not None:
+        assert torch.equal(grid.nearest(found), found)
+
+
+def test_a_factor_in_blocks_is_the_one_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = second_moments([correlated(500, 72, 2)])
+    whole = inverse_factor(moments, DAMPING)
+    monkeypatch.setattr("gpusq_compile.obs.INVERSE_BLOCK", 16)
+    factor = inverse_factor(moments, DAMPING)
+    torch.testing.assert_close(factor, whole)
+    assert torch.equal(factor, factor.triu())
+
+
 def test_a_dead_input_is_pruned_first_and_disturbs_nobody() -> None:
     rows = noise(50, 8)
     rows[:, [0, 5]] = 0
@@ -294,6 +323,46 @@ def test_the_output_error_from_moments_is_the_one_from_the_data() -> None:
     assert found == pytest.approx(float(expected), rel=1e-4)
     assert output_error(weight, weight, second_moments([rows])) == 0
     assert output_error(weight, changed, torch.zeros(12, 12)) == 0
+
+
+def test_wide_moments_and_errors_in_blocks_are_those_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows, weight = correlated(60, 40, 3), noise(5, 40)
+    changed = [weight + size * noise(5, 40, seed=1) for size in (0.1, 0.5)]
+    moments = second_moments(rows.split(7))
+    errors = output_errors(weight, changed, moments)
+    monkeypatch.setattr("gpusq_compile.second_moments.WIDE", 16)
+    wide = second_moments(rows.split(7))
+    assert (moments.dtype, wide.dtype) == (torch.float64, torch.float32)
+    assert torch.equal(wide, wide.T)
+    torch.testing.assert_close(wide.double(), moments, rtol=1e-4, atol=1e-5)
+    assert output_errors(weight, changed, wide) == pytest.approx(errors, rel=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 6, 49, 196])
+def test_of_many_rows_every_token_of_the_images_is_among_those_taken(tokens: int) -> None:
+    token = torch.arange(600 * tokens).unsqueeze(1) % tokens
+    taken = thinned(token, 4)
+    assert len(taken) == len(token) // 4
+    shares = taken.flatten().bincount() / len(taken)
+    assert shares.tolist() == pytest.approx([1 / tokens] * tokens, rel=0.05)
+    assert torch.equal(thinned(token, 1), token)
+
+
+def test_the_moments_of_a_layer_come_from_a_bounded_number_of_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inputs = [noise(8, 32, seed=seed) for seed in range(4)]
+    compilation = run_until(begin(seeded(Perceptron), inputs[0], make_rules(), data=inputs), "mark")
+    node, plan = node_and_plan(compilation, "first")
+
+    def moments() -> Tensor:
+        return LayerInputs(compilation, "a test").moments(node, plan.name)
+
+    torch.testing.assert_close(moments(), second_moments(inputs))
+    monkeypatch.setattr("gpusq_compile.second_moments.MOST_ROWS", 16)
+    torch.testing.assert_close(moments(), second_moments([thinned(x, 2) for x in inputs]))
 
 
 def test_mean_squares_are_the_diagonal_of_the_second_moments() -> None:

@@ -187,3 +187,68 @@ def test_an_image_of_any_size_is_left_alone() -> None:
     run_until(compilation, "canonicalize")
     [remark] = remarks_of(compilation, "canonicalize", Kind.ANALYSIS)
     assert "image size is not static" in remark.reason
+
+
+# --- what a model makes and does not use ---------------------------------------------------------
+
+
+class Answers(nn.Module):
+    """One answer for each of three layers, stacked; of these one is returned."""
+
+    def __init__(self, index: Any, axis: int = 0) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.index, self.axis = index, axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        answers = torch.stack([layer(x) for layer in self.layers], dim=self.axis)
+        return answers[self.index]
+
+
+@pytest.mark.parametrize(
+    ("index", "axis", "left"),
+    [
+        (-1, 0, "layers.2"),
+        ((slice(None), 1), 1, "layers.1"),
+        ((slice(None), slice(None), 0), -2, "layers.0"),
+    ],
+)
+def test_one_part_of_a_stack_needs_no_other(index: Any, axis: int, left: str) -> None:
+    compilation = canonical(seeded(Answers, index, axis), noise(2, 5, 6))
+    assert targets(compilation) == ["aten.linear.default"]
+    weights = {name for name, _ in compilation.ir.named_parameters()}
+    assert f"{left}.weight" in weights
+    read = {str(node.target) for node in compilation.ir.graph.nodes if node.op == "get_attr"}
+    assert read == {f"{left}.weight", f"{left}.bias"}
+
+
+def test_a_selection_across_the_parts_of_a_stack_keeps_them() -> None:
+    found = targets(canonical(seeded(Answers, (slice(None), 0), 0), noise(2, 5, 6)))
+    assert found.count("aten.linear.default") == 3
+    assert "aten.stack.default" in found
+
+
+def test_a_slice_of_a_part_is_kept() -> None:
+    class Cut(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, :3] + x[:, -3:]
+
+    found = targets(canonical(Cut(), noise(2, 6)))
+    assert found == ["aten.slice.Tensor", "aten.slice.Tensor", "aten.add.Tensor"]
+
+
+class Overwrites(nn.Module):
+    """`x[...] = y`, with the form of `x` and with another."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2
+        y[:, :2] = x[:, 2:4]
+        z = torch.zeros(4, 6, dtype=torch.float64)
+        z.copy_(x[0])
+        return y + z.float().sum()
+
+
+def test_what_is_copied_takes_the_place_of_the_copy() -> None:
+    found = targets(canonical(Overwrites(), noise(3, 6)))
+    assert not any("copy" in target for target in found)
+    assert "aten.expand_as.default" in found

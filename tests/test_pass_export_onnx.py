@@ -12,7 +12,6 @@ from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
 from gpusq_compile.compilation import Compilation
-from gpusq_compile.errors import CheckFailed
 from gpusq_compile.graph.edit import insert_get_attr
 from gpusq_compile.graph.query import tensor_attribute
 from gpusq_compile.lowering.lift import lift
@@ -108,22 +107,3 @@ def test_lifting_keeps_the_function_and_traces_nothing_anew(exported: Compilatio
     args, kwargs = exported.probe
     assert torch.equal(program.module()(*args, **kwargs), outputs(exported)[0])
     assert program.state_dict["stem.weight"].dtype == torch.int8
-
-
-class Unknown(nn.Module):
-    """torch can trace it; ONNX has no such operator."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(32, 32)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.special.bessel_j0(self.layer(x))
-
-
-def test_an_operator_that_onnx_lacks_is_named() -> None:
-    compilation = begin(Unknown().eval(), noise(2, 32), make_rules(RULE))
-    with pytest.raises(CheckFailed) as caught:
-        run_until(compilation, "export_onnx")
-    assert caught.value.code == "onnx-export"
-    assert "bessel_j0" in caught.value.message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -204,6 +205,30 @@ def test_a_mask_chosen_by_inputs_gets_an_order_for_those_inputs() -> None:
     norms = compilation.ir.state_dict()["first.weight"].norm(dim=1)
     loud = (norms > norms.mean()).reshape(-1, 4).sum(dim=1)
     assert loud.tolist() == [2] * 16
+
+
+@pytest.mark.parametrize(("look", "read"), [(1, 1), (10**9, 4)])
+def test_of_a_large_model_fewer_batches_are_looked_at(
+    look: int, read: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpusq_compile.passes.permute.LOOK", look)
+    data = [noise(4, 32, seed=seed) for seed in range(4)]
+    seen = []
+
+    class Data:
+        def __iter__(self) -> Iterator[Tensor]:
+            for batch in data:
+                seen.append(batch)
+                yield batch
+
+    wanda = {**PERMUTED, "sparsity": {**SPARSE, "method": "wanda", "permute": True}}
+    rules = make_rules(wanda, calibration={"batches": 4})
+    compilation = begin(seeded(Perceptron), data[0], rules, data=Data())
+    run_until(compilation, "split_attention")
+    seen.clear()
+    run_until(compilation, "permute")
+    assert len(seen) == read
+    assert layers(compilation, Kind.PASSED)
 
 
 def test_bias_parts_that_the_graph_joins_move_with_the_rows() -> None:

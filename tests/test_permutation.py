@@ -19,7 +19,7 @@ from gpusq_compile.column_pairs import (
     pair_anew,
     pair_by_covariance,
 )
-from gpusq_compile.permutation import Order, best_order, random_pairs, splits
+from gpusq_compile.permutation import Order, best_order, improve, random_pairs, splits
 from gpusq_compile.sparsity import PATTERNS, Pattern, magnitude_mask
 from tests.models import noise
 
@@ -199,6 +199,27 @@ def test_large_columns_share_units_and_spread_over_groups(pattern: Pattern, larg
     assert units.ne(1).all()
     assert units.eq(2).sum(dim=1).tolist() == [large] * (32 // pattern.group)
     assert found.after > 0.99
+
+
+@pytest.mark.parametrize(("work", "rounds"), [(0, 10), (16 * 64 * 20, 20), (10**9, 60)])
+def test_a_large_layer_is_searched_for_as_many_rounds_as_its_size_allows(
+    work: int, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched = []
+
+    def counted(*arguments: Any) -> float:
+        searched.append(arguments)
+        return 1.0 + improve(*arguments)  # So that it is never the gain that ends the search.
+
+    monkeypatch.setattr("gpusq_compile.permutation.improve", counted)
+    monkeypatch.setattr("gpusq_compile.permutation.WORK", work)
+    small = search(noise(16, 64), TWO_OF_FOUR)
+    assert len(searched) == 60
+    searched.clear()
+    monkeypatch.setattr("gpusq_compile.permutation.SMALL", 16 * 64 - 1)
+    large = search(noise(16, 64), TWO_OF_FOUR)
+    assert len(searched) == rounds
+    assert large.before < large.after <= small.after
 
 
 def test_there_are_35_ways_to_split_eight_columns() -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpusq_compile.errors import InputError
+from gpusq_compile.graph.query import static_shape
 from gpusq_compile.graph.roles import ROLES
 from gpusq_compile.plan import TAP_PLAN
 from tests.compilations import TAPS, begin, make_rules, plans_of, run_until
@@ -356,3 +357,47 @@ def test_the_table_of_roles_is_the_rules_languages() -> None:
     from gpusq_compile.language.schema import Role
 
     assert get_args(Role) == ROLES
+
+
+# --- encoders and decoders -----------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """Blocks that add a position embedding to queries and keys anew, as DETR's do.
+
+    With `given` the embedding is computed from a second input, else from the size of the first.
+    """
+
+    def __init__(self, *, given: bool = False, blocks: int = 3) -> None:
+        super().__init__()
+        self.given = given
+        self.blocks = nn.ModuleList(nn.MultiheadAttention(32, 2) for _ in range(blocks))
+        self.decoder = nn.MultiheadAttention(32, 2)
+        self.queries = nn.Parameter(torch.randn(3, 32))
+        self.norm = nn.LayerNorm(32)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        place = torch.ones(x.shape[0], 5, 32) * torch.arange(5.0)[:, None]
+        if self.given:
+            place = place * mask[:, :, None]
+        for block in self.blocks:
+            key = (x + place).transpose(0, 1)
+            x = x + block(key, key, x.transpose(0, 1), need_weights=False)[0].transpose(0, 1)
+        query = self.queries[:, None].expand(-1, x.shape[0], -1)
+        keys = (x + place).transpose(0, 1)
+        found = query + self.decoder(query, keys, x.transpose(0, 1), need_weights=False)[0]
+        found = found + self.decoder(found, keys, x.transpose(0, 1), need_weights=False)[0]
+        return self.norm(found.transpose(0, 1))
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["from the size", "from an input"])
+def test_a_position_embedding_that_is_added_again_and_again_ends_no_stage(given: bool) -> None:
+    model = seeded(Encoder, given=given)
+    marked = run_until(begin(model, (noise(2, 5, 32), torch.ones(2, 5)), make_rules(TAPS)), "mark")
+    sizes = [
+        static_shape(node)
+        for node in marked.ir.graph.nodes
+        if TAP_PLAN in node.meta and node.meta[TAP_PLAN].role == "stage_end"
+    ]
+    # One end of the encoder, and one of the decoder: not one for each embedding between them.
+    assert [sorted(size[:2], key=str) for size in sizes if size] == [[5, None], [3, None]]

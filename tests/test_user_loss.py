@@ -120,6 +120,19 @@ def test_a_segmenter_trains_by_the_loss_of_its_pixels() -> None:
     assert result.report["verify"]["numerics"]["top1_agreement"] is None
 
 
+def test_batches_of_any_form_calibrate_without_a_fine_tune() -> None:
+    """Where nothing is trained, the train data is still what there is to calibrate from."""
+    result = compile_model(
+        tiny_detector(),
+        PICTURES,
+        rules=trains(scope="backbone.body"),
+        train_data=squares(2),
+        loss=detector_loss,
+        finetune=False,
+    )
+    assert all(layer["applied"] for layer in result.report["layers"] if layer["op"] == "linear")
+
+
 # --- one call -------------------------------------------------------------------------------------
 
 

@@ -40,7 +40,17 @@ def make_optimizer(student: torch.fx.GraphModule, phase: Phase) -> torch.optim.O
         groups.append({"params": learned, "weight_decay": 0.0, "lr": phase.scale_lr})
     groups = [group for group in groups if group["params"]]
     # Unfused, a step over gradients that masks made half of zeros takes several times as long.
+    optimizer: torch.optim.Optimizer
     if phase.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=phase.lr, momentum=phase.momentum, fused=True)
-    betas = (phase.momentum, ADAM_BETA2)
-    return torch.optim.AdamW(groups, lr=phase.lr, betas=betas, fused=True)
+        optimizer = torch.optim.SGD(groups, lr=phase.lr, momentum=phase.momentum, fused=True)
+    else:
+        betas = (phase.momentum, ADAM_BETA2)
+        optimizer = torch.optim.AdamW(groups, lr=phase.lr, betas=betas, fused=True)
+    optimizer.register_step_post_hook(mark_as_written)
+    return optimizer
+
+
+def mark_as_written(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Have the versions of the parameters say that a step wrote to them: a fused one does not."""
+    written = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    torch.autograd.graph.increment_version(written)

@@ -216,9 +216,9 @@ def reads_values(user: torch.fx.Node, node: torch.fx.Node) -> bool:
 
 def holds(value: Traced, channels: torch.Tensor) -> bool:
     """Whether any of a source's channels, bool [channels], is in the value."""
-    return any(
-        bool(channels[part[part != FILL].long()].any()) for part in tree_leaves(value.channel)
-    )
+    # `FILL` as an index is the last.
+    channels = torch.cat([channels, channels.new_zeros(1)])
+    return any(bool(channels[part.long()].any()) for part in tree_leaves(value.channel))
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,9 @@ TRANSLATIONS: dict[Any, Any] = {
 WAY_OUT = (
     "--scope PATH compiles a submodule without it; or write that line with operators that ONNX has"
 )
-_TRANSLATED = re.compile(r"translating node %(?P<name>\w+).*?target=(?P<target>[\w.]+)")
+_TRANSLATED = re.compile(
+    r"(?:translating node|While executing) %(?P<name>\w+).*?target=(?P<target>[\w.]+)"
+)
 
 
 def to_onnx(
@@ -107,10 +109,10 @@ def _failure(program: torch.export.ExportedProgram, error: Exception) -> CheckFa
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
+    reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
     found = _TRANSLATED.search(str(error))
     if found is None:
-        lines = str(cause).strip().splitlines() or [type(cause).__name__]
-        text = f"PyTorch's ONNX exporter failed: {type(cause).__name__}: {lines[0]}"
+        text = f"PyTorch's ONNX exporter failed: {type(cause).__name__}: {reason}"
         return CheckFailed("onnx-export", text, hint=WAY_OUT)
     name = found["target"].removeprefix("torch.ops.").removesuffix(".default").rpartition(".")[2]
     nodes = [n for n in program.graph.nodes if n.op == "call_function"]
@@ -118,7 +120,7 @@ def _failure(program: torch.export.ExportedProgram, error: Exception) -> CheckFa
     same = [n for n in nodes if n.name == found["name"]]
     same += [n for n in nodes if operator_name(n).strip("_") in name or name in str(n.target)]
     place = place_of(same[0]) if same else None
-    text = f"PyTorch's exporter has no ONNX form of the operator '{name}'"
+    text = f"PyTorch's ONNX exporter cannot translate this use of the operator '{name}': {reason}"
     return CheckFailed("onnx-export", text, location=place, hint=WAY_OUT)
 
 

@@ -230,6 +230,11 @@ class Numerics(Entry):
     max_difference: Measured = Field(description="In standard deviations of the outputs.")
     worst_output: Count
     disagreements: Count | None
+    median_lead: Measured = Field(
+        default=None,
+        description="What the best class leads the next one by in the graph's outputs, in their "
+        "standard deviations; null where they are no logits.",
+    )
     top1_agreement: Measured
 
 

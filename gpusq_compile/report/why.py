@@ -30,21 +30,22 @@ def explain(report: Report, wanted: str) -> list[dict[str, Any]]:
     Raises:
         InputError: nothing is called so (`unknown-layer`), or the pattern cannot be read.
     """
-    answers = _answers(report)
-    if wanted in answers:
-        return [answers[wanted]]
-    try:
-        pattern = compile_pattern(wanted)
-    except PatternError as error:
-        raise InputError(error.code, f"'{wanted}': {error}") from None
-    found = [answer for name, answer in answers.items() if pattern.fullmatch(name)]
-    if not found:
+    entries = _entries(report)
+    names = [wanted]
+    if wanted not in entries:
+        try:
+            pattern = compile_pattern(wanted)
+        except PatternError as error:
+            raise InputError(error.code, f"'{wanted}': {error}") from None
+        names = [name for name in entries if pattern.fullmatch(name)]
+    if not names:
         raise InputError(
             "unknown-layer",
             f"no layer is called '{wanted}'",
-            hint=_nearest(wanted, list(answers)),
+            hint=_nearest(wanted, list(entries)),
         )
-    return found
+    remarks = _remarks_by_layer(report)
+    return [_answer(report, *entries[name], remarks.get(name, [])) for name in names]
 
 
 def _nearest(wanted: str, names: Sequence[str]) -> str:
@@ -61,19 +62,29 @@ def _nearest(wanted: str, names: Sequence[str]) -> str:
     return f"did you mean '{close}'?" if close else f"layers are called as '{names[0]}' is"
 
 
-def _answers(report: Report) -> dict[str, dict[str, Any]]:
-    answers: dict[str, dict[str, Any]] = {}
-    for layer in report["layers"]:
-        answers[layer["name"]] = _answer(report, layer, "layer")
-    for attention in report.get("attentions", []):
-        answers.setdefault(attention["name"], _answer(report, attention, "attention"))
-    for tap in report.get("taps", []):
-        if tap["name"] not in answers:
-            answers[tap["name"]] = _answer(report, tap, "tap")
-    return answers
+def _entries(report: Report) -> dict[str, tuple[Mapping[str, Any], str]]:
+    """Everything that can be asked about, by name, and what it is; a layer before an attention."""
+    kinds = (("layers", "layer"), ("attentions", "attention"), ("taps", "tap"))
+    entries: dict[str, tuple[Mapping[str, Any], str]] = {}
+    for key, kind in kinds:
+        for entry in report.get(key, []):
+            entries.setdefault(entry["name"], (entry, kind))
+    return entries
 
 
-def _answer(report: Report, entry: Mapping[str, Any], kind: str) -> dict[str, Any]:
+def _remarks_by_layer(report: Report) -> dict[str, list[dict[str, Any]]]:
+    """What the passes said of each layer, in the order in which they ran."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for step in report["passes"]:
+        for remark in step["remarks"]:
+            if remark["layer"]:
+                found.setdefault(remark["layer"], []).append({"pass": step["name"], **remark})
+    return found
+
+
+def _answer(
+    report: Report, entry: Mapping[str, Any], kind: str, remarks: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     name = entry["name"]
     rules = report.get("rule_list", [])
     chain = chain_of(entry["rules"], rules)
@@ -118,20 +129,10 @@ def _answer(report: Report, entry: Mapping[str, Any], kind: str) -> dict[str, An
             for key in ("mask_ok", "weight_bytes", "packed_bytes")
             if entry.get(key) is not None
         },
-        "remarks": remarks_on(report, name),
+        "remarks": list(remarks),
         "engine": engine_lines(report, name),
         "sparse_kernel": entry.get("sparse_kernel"),
     }
-
-
-def remarks_on(report: Report, name: str) -> list[dict[str, Any]]:
-    """What the passes said of a layer, in the order in which they ran."""
-    return [
-        {"pass": step["name"], **remark}
-        for step in report["passes"]
-        for remark in step["remarks"]
-        if remark["layer"] == name
-    ]
 
 
 def engine_lines(report: Report, name: str) -> list[str]:

@@ -18,8 +18,8 @@ from gpusq_compile.sources.torchvision_models import torchvision_model
 from gpusq_compile.sources.transformers_models import transformers_model
 
 BUILDERS = {"timm": timm_model, "torchvision": torchvision_model, "hf": transformers_model}
-SYNTHETIC_BATCHES = 4
-SYNTHETIC_BATCH = 4
+SYNTHETIC_BATCHES = 8
+SYNTHETIC_BATCH = 2
 """Noise in place of data only shows that the whole compiles: there is no more to see in more."""
 
 
