@@ -26,6 +26,7 @@ from gpusq_compile.errors import InputError
 from gpusq_compile.graph.edit import remove_tensor, set_tensor
 from gpusq_compile.graph.functional import is_write, make_functional
 from gpusq_compile.graph.query import output_nodes, source_line
+from gpusq_compile.lowering.exportable import check_control_flow
 from gpusq_compile.lowering.lift import convention_of
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.remarks import analysis, missed
@@ -53,6 +54,7 @@ def run(compilation: Compilation) -> PassResult:
     compilation.reference = check_outputs(outputs, again)
     program, graph_module = functional(compilation, export(compilation, module, args, kwargs))
     check_program(program)
+    check_control_flow(graph_module.graph)
     compilation.convention = convention_of(program, outputs)
     compilation.graph = graph_module
     compilation.tied = tied_names(module)
@@ -288,13 +290,12 @@ def unlift(program: torch.export.ExportedProgram) -> torch.fx.GraphModule:
 
 
 def drop_checks(graph_module: torch.fx.GraphModule) -> None:
-    """Erase operators that return nothing (`_assert_tensor_metadata` of a cast, ...).
-
-    In a graph where no operator writes to its input they check what tracing has settled.
-    """
+    """Erase operators that return nothing (`_assert_tensor_metadata` of a cast, ...) and write
+    nothing: they check what tracing has settled."""
     for node in reversed(list(graph_module.graph.nodes)):
         returns = getattr(getattr(node.target, "_schema", None), "returns", None)
-        if node.op == "call_function" and returns is not None and not len(returns):
+        nothing = node.op == "call_function" and returns is not None and not len(returns)
+        if nothing and not is_write(node):
             graph_module.graph.erase_node(node)
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()

@@ -177,3 +177,34 @@ def test_outputs_that_nothing_can_be_compared_with_are_refused(
 ) -> None:
     compilation = begin(seeded(model), noise(2, 32), make_rules())
     assert failure(lambda: run_until(compilation, "trace")).code == code
+
+
+class Foreach(nn.Module):
+    """It writes to its input and returns nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x + 1
+        torch._foreach_mul_([y], 3.0)
+        return y
+
+
+class Conditional(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = torch.cond(x.sum() > 0, lambda y: y * 2, lambda y: y + 1, (x,))
+        return result
+
+
+def test_what_writes_is_never_taken_for_a_check() -> None:
+    with pytest.raises(InputError) as caught:
+        run_until(begin(Foreach(), noise(2, 32), make_rules()), "canonicalize")
+    assert caught.value.code == "operator-unsupported"
+    assert "_foreach_mul" in caught.value.message
+
+
+def test_control_flow_is_refused_at_its_line() -> None:
+    with pytest.raises(InputError) as caught:
+        run_until(begin(Conditional(), noise(2, 32), make_rules()), "trace")
+    assert caught.value.code == "operator-unsupported"
+    assert "cond" in caught.value.message
+    assert caught.value.location is not None
+    assert caught.value.location.file.endswith("test_pass_trace.py")

@@ -70,6 +70,12 @@ def einsum_to_matmul(graph_module: torch.fx.GraphModule, node: torch.fx.Node) ->
         return False
     if any(len(set(part)) != len(part) for part in labels):
         return False
+    lengths = [
+        (shape_of(operand) or ())[part.index(summed[0])]
+        for operand, part in zip(operands, (first, second), strict=True)
+    ]
+    if lengths[0] != lengths[1]:
+        return False  # One of them is broadcast, which no matmul does along its sum.
     graph = node.graph
 
     def ordered(value: Any, have: str, want: list[str]) -> Any:

@@ -183,12 +183,6 @@ def place_of(node: torch.fx.Node) -> Location | None:
     return place_in(str(node.meta.get("stack_trace") or ""))
 
 
-def source_frames(node: torch.fx.Node) -> list[tuple[str, int]]:
-    """(file, line) of the code that made this node, outermost first; empty when not kept."""
-    trace = str(node.meta.get("stack_trace") or "")
-    return [(file, int(line)) for file, line in re.findall(r'File "([^"]+)", line (\d+)', trace)]
-
-
 def input_dependent(graph: torch.fx.Graph) -> set[torch.fx.Node]:
     """The nodes whose value depends on the graph's inputs (not on parameters alone)."""
     dependent: set[torch.fx.Node] = set()

@@ -20,9 +20,8 @@ from torch.onnx._internal.exporter import _decomp, _registration
 from torch.utils._pytree import tree_map_only
 
 from gpusq_compile.graph.edit import copy_provenance, fake_mode_of
+from gpusq_compile.lowering.to_onnx import OPSET
 from gpusq_compile.quantization.operators import DEQUANTIZE, QUANTIZE
-
-OPSET = 21
 
 
 @cache
@@ -41,7 +40,10 @@ def is_translated(target: object) -> bool:
 
 
 def untranslatable(graph: torch.fx.Graph) -> torch.fx.Node | None:
-    """The first node that neither has a translation nor decomposes into operators that have."""
+    """The first node that neither has a translation nor decomposes into operators that have.
+
+    A node whose decomposition cannot be traced counts as one that has: the exporter will tell.
+    """
     seen: set[object] = set()
     for node in graph.nodes:
         if node.op != "call_function" or node.target in seen or is_translated(node.target):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.fx
 
 from gpusq_compile.errors import InputError
@@ -30,6 +31,22 @@ def check_exportable(graph: torch.fx.Graph) -> None:
     node = untranslatable(graph)
     if node is not None:
         raise refusal(node, f"ONNX has no form of the operator '{operator_name(node)}'", WAY_OUT)
+
+
+def check_control_flow(graph: torch.fx.Graph) -> None:
+    """Find the first operator that runs another graph (`torch.cond`, a loop).
+
+    Raises:
+        InputError: naming it and its place in the source of the model.
+    """
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise refusal(
+                node,
+                f"the control flow '{node.target}' is none that a rewritten graph can hold",
+                "torch.where(condition, a, b) keeps both branches in the graph; --scope PATH "
+                "compiles a submodule without it",
+            )
 
 
 def refusal(node: torch.fx.Node, text: str, hint: str) -> InputError:

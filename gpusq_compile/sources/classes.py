@@ -19,7 +19,6 @@ def match_classes(
     what: str,
     *,
     numbered: bool,
-    quiet: bool = False,
 ) -> Outputs:
     """The output that each class of the data stands for, and a remark that says how it was found.
 
@@ -37,7 +36,6 @@ def match_classes(
         what: what messages call the classes, e.g. `photos/train`.
         numbered: whether the numbers themselves may be the model's (the ids of COCO's
             categories), not only the order of the names.
-        quiet: give no remark.
 
     Raises:
         InputError: there are more classes than outputs, or most have names that the model knows
@@ -57,8 +55,6 @@ def match_classes(
     if outputs is None:
         outputs = {number: classes.first + i for i, number in enumerate(sorted(found))}
         how = "in order"
-    if quiet:
-        return outputs
     text = f"the {len(found)} classes of {what} are matched to {origin}'s {room} {how}"
     # Folders are called by numbers on purpose; categories have ids whether or not they are meant.
     if classes.names and (how == "in order" or (how == "by number" and numbered)):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from gpusq_compile.errors import InputError, relative_to_cwd
+from gpusq_compile.errors import InputError, nearest, relative_to_cwd
 from gpusq_compile.model_source import ModelSource
 from gpusq_compile.sources.classes import match_classes
 from gpusq_compile.sources.images import open_image, whole_image
@@ -32,8 +32,6 @@ FORM = (
 )
 
 Target = dict[str, torch.Tensor]
-Outlines = Callable[[Any], Any]
-"""A COCO annotation -> its mask as a numpy array uint8 [height, width]."""
 
 
 def coco(source: ModelSource, model: LibraryModel, root: Path) -> None:
@@ -70,8 +68,7 @@ def coco(source: ModelSource, model: LibraryModel, root: Path) -> None:
         source.notes.append(("no-evaluation-images", text))
     else:
         other = first if train is None else _open(*held_out)
-        # The same categories may have other ids there, so they are matched once more.
-        again = Samples(other, model, _outputs(source, model, other, quiet=True))
+        again = Samples(other, model, _same_outputs(first, outputs, other))
         source.eval_data = partial(DataLoader, again, batch_size=batch, collate_fn=gather)
 
 
@@ -146,14 +143,35 @@ def _not_coco(shown: str, found: str) -> InputError:
     )
 
 
-def _outputs(
-    source: ModelSource, model: LibraryModel, dataset: Any, *, quiet: bool = False
-) -> dict[int, int]:
+def _outputs(source: ModelSource, model: LibraryModel, dataset: Any) -> dict[int, int]:
     if model.classes is None:
         return {}
-    names = {number: str(c.get("name", number)) for number, c in dataset.coco.cats.items()}
     what = relative_to_cwd(Path(dataset.root).parent)
-    return match_classes(source, model.classes, names, what, numbered=True, quiet=quiet)
+    return match_classes(source, model.classes, _names(dataset), what, numbered=True)
+
+
+def _names(dataset: Any) -> dict[int, str]:
+    return {number: str(c.get("name", number)) for number, c in dataset.coco.cats.items()}
+
+
+def _same_outputs(first: Any, outputs: dict[int, int], other: Any) -> dict[int, int]:
+    """The outputs of another split's categories: those of the same names, whatever their ids.
+
+    Raises:
+        InputError: one of them is none of the first split's.
+    """
+    if not outputs:
+        return {}
+    by_name = {name: outputs[number] for number, name in _names(first).items()}
+    unknown = [name for name in _names(other).values() if name not in by_name]
+    if unknown:
+        close = nearest(unknown[0], by_name)
+        raise InputError(
+            "unknown-class",
+            f"the evaluation's category '{unknown[0]}' is none of the training's {len(by_name)}",
+            hint=f"did you mean '{close}'?" if close else None,
+        )
+    return {number: by_name[name] for number, name in _names(other).items()}
 
 
 @dataclass(frozen=True)
@@ -218,7 +236,13 @@ class Samples(Dataset[Any]):
                 f"annotation {annotation.get('id')} has a box, but no segmentation",
                 hint=f"{self.model.origin} is trained on objects' outlines",
             )
-        mask = torch.from_numpy(self.dataset.coco.annToMask(annotation))
+        try:
+            mask = torch.from_numpy(self.dataset.coco.annToMask(annotation))
+        except Exception as error:  # The library raises whatever it stumbles over.
+            raise _not_coco(
+                f"annotation {annotation.get('id')}",
+                f"has a segmentation that cannot be read: {error}",
+            ) from None
         resized = torch.nn.functional.interpolate(
             mask[None, None].float(), self.model.images.size, mode="nearest-exact"
         )

@@ -101,13 +101,13 @@ def _detector(origin: str, module: Any, weights: Any) -> LibraryModel:
     """
     own = module.transform
     size = tuple(reversed(own.fixed_size)) if own.fixed_size else (own.min_size[-1],) * 2
-    if "keypoint" in type(module).__name__.lower():
+    head = getattr(module, "roi_heads", None)
+    if head is not None and head.has_keypoint():
         raise InputError(
             "model-not-supported",
             f"{origin} needs key points as targets, which no --data form gives",
             hint="a model file with loss() and train_data() can train it",
         )
-    head = getattr(module, "roi_heads", None)
     count = (
         head.box_predictor.cls_score.out_features
         if head is not None

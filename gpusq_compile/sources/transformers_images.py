@@ -9,7 +9,7 @@ from gpusq_compile.sources.require import require
 
 DEFAULT_SIZE = (224, 224)
 IMAGENET = Images(DEFAULT_SIZE)
-PILLOW_FILTERS = {0: "nearest", 2: "bilinear", 3: "bicubic"}
+PILLOW_FILTERS: dict[int | None, str] = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 """`resample` in preprocessor_config.json is Pillow's number of a filter."""
 
 PROCESSOR_KEYS = (
@@ -61,7 +61,7 @@ def input_images(
         tuple(std),
         edge=edge if edge is not None and edge >= max(size) else None,
         channels=channels if isinstance(channels, int) else 3,
-        interpolation=PILLOW_FILTERS.get(said.get("resample") or 2, "bilinear"),
+        interpolation=PILLOW_FILTERS.get(said.get("resample"), "bilinear"),
     )
     text = (
         f"images of {size[0]}x{size[1]} ({place}), normalized with mean {_short(images.mean)} and "

@@ -100,7 +100,7 @@ def _configuration(place: Place) -> Any:
             else "a model file can build what the library does not know",
         )
     try:
-        return known[model_type].from_dict(place.config)
+        return known[model_type].from_dict({**place.config, "return_dict": True})
     except Exception as error:
         raise InputError(
             "config-invalid",
