@@ -21,6 +21,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -94,14 +95,19 @@ class Ended:
 def run_process(
     command: list[str], environment: dict[str, str], *, timeout: float | None = None
 ) -> Ended:
-    """Run `command` to its end, or kill it after `timeout` seconds.
+    """Run `command` to its end, or kill it and its children after `timeout` seconds.
 
     This process must stay small: the kernel counts the memory of the parent at the fork, too.
     """
     with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
         start = time.perf_counter()
         process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            start_new_session=True,
         )
         own_peak, pid = 0, 0
         try:
@@ -111,10 +117,11 @@ def run_process(
                 seconds = time.perf_counter() - start
                 if not pid:
                     if timeout is not None and seconds > timeout:
-                        process.kill()
+                        os.killpg(process.pid, signal.SIGKILL)
                     time.sleep(POLL_SECONDS)
         except BaseException:
-            process.kill()
+            if process.returncode is None and not pid:
+                os.killpg(process.pid, signal.SIGKILL)
             raise
         process.returncode = os.waitstatus_to_exitcode(status)
         stdout.seek(0)

@@ -89,6 +89,9 @@ def result_of(ended: Ended, output: Path) -> dict[str, Any]:
         "peak_bytes": ended.own_peak_bytes,
         "peak_bytes_with_builder": ended.peak_bytes,
     }
+    if ended.code < 0:
+        found["error"] = f"ended by signal {-ended.code} after {ended.seconds:.0f} s"
+        return found
     path = output / "report.json"
     if not path.is_file():
         said = [line for line in ended.stderr.strip().splitlines() if line.strip()]
@@ -293,7 +296,8 @@ def main() -> None:
         key = fingerprint(row, {**options, "rules": rules})
         label = f"{position}/{len(todo)} {name}"
         old = results["rows"].get(name)
-        if old is not None and old["fingerprint"] == key and not arguments.again:
+        kept = old is not None and old["fingerprint"] == key and old["status"] != "killed"
+        if kept and not arguments.again:
             print(f"{label}: is there", file=sys.stderr)
             continue
         found = compile_row(row, rules, arguments.engine, arguments.timeout)

@@ -45,8 +45,8 @@ def with_named_roles(
     }
     roles: Roles = {}
     for node in graph.nodes:
-        kept = [role for role in found.get(node, ()) if role not in given]
-        kept += [role for role, nodes in given.items() if node in nodes]
+        kept = [role for role, nodes in given.items() if node in nodes]
+        kept += [role for role in found.get(node, ()) if role not in given]
         if kept:
             roles[node] = tuple(kept)
     return roles

@@ -102,8 +102,7 @@ def named_nodes(
     tied: Mapping[str, str],
 ) -> dict[str, torch.fx.Node]:
     """The nodes that rules can speak about, in graph order, by unique names."""
-    named: dict[str, torch.fx.Node] = {}
-    taken: dict[str, int] = {}
+    found: list[tuple[torch.fx.Node, str]] = []
     for node in graph.nodes:
         op = "attention" if node in attentions else op_of(node)
         if op == "add" and node not in residuals:
@@ -111,8 +110,12 @@ def named_nodes(
         if node.op == "call_function" and (op is not None or node in roles):
             source = weight_source(node) if is_weighted(node) else None
             name = layer_name(node, str(source.target) if source is not None else None, tied)
-            named[_unique(name, taken)] = node
-    return named
+            found.append((node, name))
+    taken: dict[str, int] = {}
+    # A layer keeps its name whatever else has a role in its module.
+    weighted_first = sorted(found, key=lambda item: not is_weighted(item[0]))
+    unique = {node: _unique(name, taken) for node, name in weighted_first}
+    return {unique[node]: node for node, _ in found}
 
 
 def uncompressible(

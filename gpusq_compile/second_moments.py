@@ -26,6 +26,9 @@ WIDE = 512
 """Columns beyond which second moments are computed in blocks of so many, one of each mirrored pair
 alone, and kept in float32."""
 
+ROWS_AT_ONCE = 2048
+"""Rows that are multiplied together where they are wide."""
+
 MOST_ROWS = 1 << 16
 """Rows of a linear's input that second moments are computed from; of more, every n-th is taken."""
 
@@ -79,12 +82,24 @@ def _pair(node: torch.fx.Node, index: int, default: int) -> tuple[int, int]:
 def second_moments(rows: Iterable[torch.Tensor]) -> torch.Tensor:
     """The mean of x x^T over the rows x: [columns, columns], float64 or, if wide, float32."""
     total, count = torch.zeros(()), 0
-    for part in rows:
+    for part in _joined(rows):
         product = _product_with_itself(part)
         product = product if len(product) > WIDE else product.double()
         total = product if count == 0 else total.add_(product)
         count += part.shape[0]
     return total.div_(max(count, 1))
+
+
+def _joined(rows: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Wide rows in parts of at least `ROWS_AT_ONCE`: a product as large as theirs is worth it."""
+    held: list[torch.Tensor] = []
+    for part in rows:
+        held.append(part)
+        if part.shape[1] <= WIDE or sum(map(len, held)) >= ROWS_AT_ONCE:
+            yield torch.cat(held) if len(held) > 1 else part
+            held = []
+    if held:
+        yield torch.cat(held)
 
 
 def _product_with_itself(rows: torch.Tensor) -> torch.Tensor:

@@ -45,6 +45,8 @@ IDENTITIES = {
     aten.lift_fresh_copy.default,
 }
 VIEWS = {aten.view.default, aten._unsafe_view.default}
+VIEWS_LIKE_ANOTHER = {aten.view_as.default, aten.reshape_as.default}
+"""They read of a second tensor its shape alone, which is no flow of data."""
 
 
 def run(compilation: Compilation) -> PassResult:
@@ -157,7 +159,13 @@ def select_from_stack(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -
 
 
 def view_to_reshape(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
-    if node.target not in VIEWS:
+    if node.target in VIEWS_LIKE_ANOTHER:
+        shape = static_shape(node) or ()
+        if shape.count(None) > 1:
+            return False
+        sizes = [-1 if size is None else size for size in shape]
+        node.args = (node.args[0], sizes)
+    elif node.target not in VIEWS:
         return False
     node.target = aten.reshape.default
     return True

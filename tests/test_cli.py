@@ -119,7 +119,7 @@ class TestRealRun:
             assert {"total", "hard", "soft", "feature"} < set(phase["loss"][0])
         assert "tap_weights" not in finetune["sparse"]
         shares = finetune["quantize"]["tap_weights"]
-        assert list(shares) == ["patch_embed", "norm"]
+        assert list(shares) == ["patch_embed", "add", "norm"]
         assert sum(shares.values()) == pytest.approx(1.0, abs=1e-6)
 
     def test_the_report_has_accuracy_verification_and_sizes(self, real: tuple[Run, Path]) -> None:

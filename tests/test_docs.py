@@ -64,6 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options: dict[str, Any] = {"finetune": False, "engine": "none"}
     compile_model(folder / "model.py", rules="int8", output=folder / "out/model", **options)
     compile_model(folder / "model.py", rules="int4", output=folder / "out/other", **options)
+    (folder / "out/digits").symlink_to("model")  # What `make demo` leaves.
     return folder
 
 

@@ -184,7 +184,10 @@ def row(report: dict[str, Any], role: str) -> list[str]:
 def test_reasons_are_said_once_with_how_many_layers_they_hold_for() -> None:
     builds, _ = read_logs(make_report(), [], [DATA / "trtexec_10_block.log"])
     (line,) = sparse_lines(with_logs(make_report(), builds))
-    assert line.startswith("no sparse kernel for 2 layers: its output is not INT8")
+    assert line.startswith(
+        "no sparse kernel for 2 layers (blocks.0.attn.proj, blocks.0.mlp.fc2): "
+        "its output is not INT8"
+    )
 
 
 def test_the_lines_say_types_counts_and_the_gain_of_sparse_kernels(

@@ -8,13 +8,13 @@ from gpusq_compile.api import CompileResult
 from tests.example_files import check_compiled, compile_example, taps
 
 MODELS = {
-    "detr_r50": ("int8", 34, ["patch_embed", "stage_end", "stage_end", "final_projection"]),
+    "detr_r50": ("int8", 37, ["patch_embed", "stage_end", "stage_end", "final_projection"]),
     "deformable_detr_r50": (
         "int4",
-        26,
+        31,
         ["patch_embed", "stage_end", "stage_end", "final_projection"],
     ),
-    "upernet_swin": ("int8", 33, ["patch_embed"] + ["stage_end"] * 4),
+    "upernet_swin": ("int8", 40, ["patch_embed"] + ["stage_end"] * 4),
 }
 
 

@@ -325,14 +325,16 @@ def test_the_output_error_from_moments_is_the_one_from_the_data() -> None:
     assert output_error(weight, changed, torch.zeros(12, 12)) == 0
 
 
+@pytest.mark.parametrize("rows_at_once", [1, 20, 1000])
 def test_wide_moments_and_errors_in_blocks_are_those_at_once(
-    monkeypatch: pytest.MonkeyPatch,
+    rows_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, weight = correlated(60, 40, 3), noise(5, 40)
     changed = [weight + size * noise(5, 40, seed=1) for size in (0.1, 0.5)]
     moments = second_moments(rows.split(7))
     errors = output_errors(weight, changed, moments)
     monkeypatch.setattr("gpusq_compile.second_moments.WIDE", 16)
+    monkeypatch.setattr("gpusq_compile.second_moments.ROWS_AT_ONCE", rows_at_once)
     wide = second_moments(rows.split(7))
     assert (moments.dtype, wide.dtype) == (torch.float64, torch.float32)
     assert torch.equal(wide, wide.T)

@@ -269,7 +269,12 @@ def test_a_failed_gate_leaves_neither_file(tmp_path: Path) -> None:
             engine="none",
             gates=Gates(strict=True),
         )
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "report.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "evidence.json",
+        "manifest.json",
+        "report.html",
+        "report.json",
+    ]
 
 
 def test_values_beyond_float16_are_stored_as_its_largest(

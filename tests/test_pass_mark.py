@@ -132,12 +132,6 @@ REFUSED: dict[str, tuple[nn.Module, Tensor, str, str]] = {
         "linear",
         "the weight is computed in the graph, not stored",
     ),
-    "shared weight": (
-        Shared(),
-        noise(2, 32),
-        "same",
-        "2 operators read the weight same.weight",
-    ),
     "constant input": (
         Constant(),
         noise(2, 32),

@@ -273,7 +273,9 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path: Path
     assert "the last good checkpoint is kept" in str(caught.value.hint)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "checkpoint",
+        "evidence.json",
         "manifest.json",
+        "report.html",
         "report.json",
     ]
     [kept] = (tmp_path / "checkpoint").glob("sparse-*")

@@ -3,6 +3,7 @@ written, and no name of a library decides."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +11,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpusq_compile.errors import InputError
 from gpusq_compile.graph.query import static_shape
 from gpusq_compile.graph.roles import ROLES
 from gpusq_compile.plan import TAP_PLAN
 from tests.compilations import TAPS, begin, make_rules, plans_of, run_until
 from tests.models import Shape, TinyPyramid, TinyViT, images, noise, seeded
+from tests.unusual_transformers import (
+    AddedQueries,
+    BatchedProducts,
+    ChannelAttention,
+    ClassTokens,
+    Einsum,
+    LinearAttention,
+    PixelPyramid,
+    Spatial,
+    StemViT,
+    TalkingHeads,
+    TokenMixer,
+    WeightsFromTokens,
+)
 
 BLOCK = "layers.0"
 FUSED = {"mix.wide": "attention_qkv", "mix.back": "attention_proj"}
@@ -187,6 +203,152 @@ class Probabilities(Plain):
 
 def test_a_softmax_over_the_logits_hides_no_classifier() -> None:
     assert layer_roles(Probabilities().eval(), noise(2, 8))["c"] == ("classifier",)
+
+
+def test_tokens_begin_behind_the_stem() -> None:
+    roles = layer_roles(seeded(StemViT), images(2))
+    stem = {name.rpartition(".")[2]: found for name, found in roles.items() if ".stem." in name}
+    assert stem == {"wide": (), "wider": (), "tokens": ("patch_embed",)}
+    assert tap_roles(seeded(StemViT), images(2))[0] == ("body.stem.tokens", "patch_embed")
+
+
+def test_convolutions_of_one_pixel_have_the_roles_of_linears() -> None:
+    roles = layer_roles(seeded(PixelPyramid), images(2))
+    named = {name: found[0] for name, found in roles.items() if found}
+    stage = {
+        "mix.wide": "attention_qkv",
+        "mix.back": "attention_proj",
+        "feed.up": "mlp",
+        "feed.down": "mlp",
+    }
+    assert named == {
+        "stem.tokens": "patch_embed",
+        **{f"stages.{i}.{name}": role for i in range(2) for name, role in stage.items()},
+        "logits": "classifier",
+    }
+
+
+def test_a_stage_may_begin_with_two_branches_and_end_in_a_batch_norm() -> None:
+    assert tap_roles(seeded(PixelPyramid), images(2)) == [
+        ("stem.tokens", "patch_embed"),
+        ("stages.0", "stage_end"),
+        ("stages.1", "stage_end"),
+        ("last", "final_projection"),
+    ]
+
+
+MIXERS: tuple[type[TokenMixer], ...] = (
+    TalkingHeads,
+    LinearAttention,
+    ChannelAttention,
+    AddedQueries,
+    BatchedProducts,
+    Einsum,
+)
+
+
+@pytest.mark.parametrize("mixer", MIXERS, ids=lambda mixer: mixer.__name__)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_attention_is_known_by_its_products_however_it_is_written(
+    mixer: type[TokenMixer], scaled: bool
+) -> None:
+    model = seeded(lambda: Spatial(mixer(), scaled))
+    named = {name: found[0] for name, found in layer_roles(model, images(2)).items() if found}
+    assert named == {
+        "stem": "patch_embed",
+        "mix.wide": "attention_qkv",
+        "mix.back": "attention_proj",
+        "feed.up": "mlp",
+        "feed.down": "mlp",
+        "logits": "classifier",
+    }
+    taps = tap_roles(model, images(2))
+    assert [role for _, role in taps] == ["patch_embed", "stage_end", "final_projection"]
+
+
+def test_weights_that_a_layer_computes_from_tokens_make_an_attention() -> None:
+    roles = layer_roles(seeded(lambda: Spatial(WeightsFromTokens())), images(2))
+    assert roles["mix.weights"] == roles["mix.values"] == ("attention_qkv",)
+    assert roles["mix.back"] == ("attention_proj",)
+
+
+def test_attention_of_a_class_token_alone_is_a_stage_of_its_own() -> None:
+    model = seeded(ClassTokens)
+    roles = layer_roles(model, images(2))
+    for name, role in (
+        ("ask", "attention_qkv"),
+        ("keys", "attention_qkv"),
+        ("back", "attention_proj"),
+    ):
+        assert roles[f"look.{name}"] == (role,)
+    ends = [name for name, role in tap_roles(model, images(2)) if role == "stage_end"]
+    assert [name.partition("_")[0] for name in ends] == ["body.layers.0", "add"]
+
+
+class Hybrid(nn.Module):
+    """A residual convolutional network in front of the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 16, 3, padding=1)
+        self.near, self.nearer = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 3, padding=1)
+        self.body = TinyViT(Shape(depth=1))
+        self.body.stem = nn.Conv2d(16, 32, 4, stride=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        x = F.relu(x + self.nearer(F.relu(self.near(x))))
+        return self.body(x)
+
+
+def test_what_lies_before_the_tokens_has_no_role_and_ends_no_stage() -> None:
+    roles = layer_roles(seeded(Hybrid), images(2))
+    assert roles["body.stem"] == ("patch_embed",)
+    assert {roles[name] for name in ("first", "near", "nearer")} == {()}
+    ends = [name for name, role in tap_roles(seeded(Hybrid), images(2)) if role == "stage_end"]
+    assert ends == ["body.layers.0"]
+
+
+NAMED = [
+    ("stage_end", ["layers.0", "layers.2"], ["layers.0", "layers.2"]),
+    ("stage_end", "layers.*", ["layers.0", "layers.1", "layers.2"]),
+    ("stage_end", "layers.1.feed", ["layers.1.feed.down"]),
+    ("stage_end", [], []),
+    ("final_projection", "layers.2.between", ["layers.2.between"]),
+    ("patch_embed", "layers.0.mix.wide", ["layers.0.mix.wide"]),
+]
+
+
+@pytest.mark.parametrize(("role", "names", "expected"), NAMED)
+def test_rules_name_the_layers_of_a_role(role: str, names: Any, expected: list[str]) -> None:
+    rules = make_rules(TAPS, roles={role: names})
+    marked = run_until(begin(seeded(TinyViT, Shape(depth=3)), images(2), rules), "mark")
+    plans = [node.meta[TAP_PLAN] for node in marked.ir.graph.nodes if TAP_PLAN in node.meta]
+    found = [plan.name.rpartition(".add")[0] or plan.name for plan in plans if plan.role == role]
+    assert found == expected
+    others = {"patch_embed", "stage_end", "final_projection"} - {role}
+    assert others <= {plan.role for plan in plans}
+
+
+def test_a_module_stands_for_its_layers_where_a_role_is_one_of_layers() -> None:
+    rules = make_rules(TAPS, roles={"mlp": ["layers.0.mix", "layers.1.feed.up"]})
+    marked = run_until(begin(seeded(TinyViT), images(2), rules), "mark")
+    named = [name for name, plan in plans_of(marked).items() if "mlp" in plan.roles]
+    assert named == ["layers.0.mix.wide", "layers.0.mix.back", "layers.1.feed.up"]
+
+
+def test_a_role_for_a_name_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "rules.yaml"
+    file.write_text(
+        "version: 1\nroles:\n  stage_end: [layers.0, layer.1]\n"
+        "rules: [{id: a, match: {op: linear}, quantize: none}]\n"
+    )
+    with pytest.raises(InputError) as caught:
+        run_until(begin(seeded(TinyViT), images(2), str(file)), "mark")
+    assert caught.value.code == "role-unmatched"
+    assert str(caught.value.location).endswith("rules.yaml:3:14")
+    assert "'layer.1'" in caught.value.message
+    assert "'layers.1'" in (caught.value.hint or "")
 
 
 def test_the_table_of_roles_is_the_rules_languages() -> None:

@@ -113,15 +113,20 @@ def skipped(add: torch.fx.Node) -> torch.fx.Node | None:
     if earlier in branch_from(earlier, later):
         return earlier
     for operand, other in ((earlier, later), (later, earlier)):
-        base = operand
-        while base.target in SCALINGS and isinstance(base.args[0], torch.fx.Node):
-            base = base.args[0]
+        base = unscaled(operand)
         branch = branch_from(base, other) if base is not operand else set()
         if base in branch and any(
             is_weighted(node) and base in branch_from(base, node) for node in branch - {base}
         ):
             return operand
     return None
+
+
+def unscaled(node: torch.fx.Node) -> torch.fx.Node:
+    """What a node scales, where it does nothing else."""
+    while node.target in SCALINGS and isinstance(node.args[0], torch.fx.Node):
+        node = node.args[0]
+    return node
 
 
 def branch_from(start: torch.fx.Node, end: torch.fx.Node) -> set[torch.fx.Node]:
@@ -336,6 +341,8 @@ def _nested(residuals: list[torch.fx.Node]) -> set[torch.fx.Node]:
     for node in residuals:
         skip = skipped(node)
         assert skip is not None
+        if not any(skip in branch_from(skip, n) for n in node.all_input_nodes if n is not skip):
+            skip = unscaled(skip)
         for operand in node.all_input_nodes:
             inner = branch_from(skip, operand).intersection(residuals) if operand > skip else set()
             found |= {add for add in inner if add > skip and skip in branch_from(skip, add)}
