@@ -31,7 +31,7 @@ class StemViT(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body = TinyViT(Shape(depth=1))
-        self.body.stem = Stem()
+        self.body.add_module("stem", Stem())
         self.body.place = nn.Parameter(torch.zeros(1, 16, DIM))
 
     def forward(self, x: Tensor) -> Tensor:
