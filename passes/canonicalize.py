@@ -6,7 +6,7 @@ Needs `graph`. Rewrites, each exact:
 - `view` -> `reshape`, which is legal for every stride that later rewrites may leave behind;
 - products in other words (`baddbmm`, an `einsum` of two factors) -> `matmul`, and products with a
   stored weight (`x @ w.T`, `addmm`) -> `linear`, so that attention and GEMMs have one form;
-- fused attention on other than four axes -> on four, all that an engine knows;
+- fused attention on other than four axes -> on four, all that an engine knows, or spelled out;
 - a non-overlapping convolution (kernel = stride, no padding) -> patches @ linear, so that a patch
   embedding is a GEMM with reduction size C * P * P.
 Refuses an operator that cannot become ONNX, with its place in the model's source: what is found
@@ -23,16 +23,20 @@ import torch
 import torch.fx
 
 from gpusq_compile.compilation import Compilation
+from gpusq_compile.graph.attention import fused_arguments
 from gpusq_compile.graph.edit import bypass, finish, insert_call, insert_get_attr, set_tensor
 from gpusq_compile.graph.one_form import (
+    ENGINE_AXES,
     attention_to_four_axes,
     baddbmm_to_matmul,
     einsum_to_matmul,
     product_to_linear,
 )
+from gpusq_compile.graph.products import FUSED_ATTENTION
 from gpusq_compile.graph.query import shape_of, static_shape, tensor_attribute
 from gpusq_compile.lowering.exportable import check_exportable
 from gpusq_compile.pass_base import Pass, PassResult
+from gpusq_compile.passes.split_attention import split
 from gpusq_compile.remarks import analysis, passed
 
 aten = torch.ops.aten
@@ -59,6 +63,7 @@ def run(compilation: Compilation) -> PassResult:
         einsum_to_matmul,
         product_to_linear,
         attention_to_four_axes,
+        spell_out_attention,
         copy_to_source,
         select_from_stack,
     )
@@ -155,6 +160,17 @@ def select_from_stack(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -
     assert isinstance(part, torch.fx.Node)
     node.replace_all_uses_with(part)
     node.graph.erase_node(node)
+    return True
+
+
+def spell_out_attention(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
+    """Fused attention that cannot have four axes (a mask differs along others) -> its operators."""
+    if node.target not in FUSED_ATTENTION:
+        return False
+    given = fused_arguments(node)
+    if given["enable_gqa"] or given["is_causal"] or node.meta["val"].ndim == ENGINE_AXES:
+        return False
+    split(node)
     return True
 
 

@@ -1,0 +1,159 @@
+"""What cannot be compiled is refused at the model's own line, and nothing was done in vain."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor, nn
+
+from gpusq_compile.errors import CheckFailed, InputError, Location
+from gpusq_compile.graph.query import place_in
+from gpusq_compile.lowering.precision import float32_only, to_half
+from gpusq_compile.passes.build_engine import placed
+from tests.compilations import begin, make_rules, run_until
+from tests.models import noise, seeded
+
+
+class Odd(nn.Module):
+    """Two linears with `odd` between them."""
+
+    def __init__(self, odd: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.odd = odd
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.odd(self.first(x)))
+
+
+def by_svd(x: Tensor) -> Tensor:
+    return torch.linalg.svd(x, full_matrices=False)[2]
+
+
+def by_solving(x: Tensor) -> Tensor:
+    return torch.linalg.solve(torch.eye(32) * 2, x.mT).mT
+
+
+def by_bessel(x: Tensor) -> Tensor:
+    return torch.special.bessel_j0(x)
+
+
+def by_distances(x: Tensor) -> Tensor:
+    return torch.cdist(x, x) @ x
+
+
+def by_a_number(x: Tensor) -> Tensor:
+    return x / x.abs().max().item()
+
+
+def by_a_branch(x: Tensor) -> Tensor:
+    return -x if x.mean() > 0 else x
+
+
+def by_a_loop(x: Tensor) -> Tensor:
+    for _ in range(int(x.abs().max())):
+        x = x + 1
+    return x
+
+
+def by_numpy(x: Tensor) -> Tensor:
+    return torch.from_numpy(x.numpy() + 1)
+
+
+def by_sample(x: Tensor) -> Tensor:
+    return torch.stack([row * 2 for row in x])
+
+
+CASES: list[tuple[Callable[[Tensor], Tensor], str, str, str]] = [
+    (by_svd, "operator-unsupported", "'linalg_svd'", "--scope"),
+    (by_solving, "operator-unsupported", "'linalg_solve'", "--scope"),
+    (by_bessel, "operator-unsupported", "'special_bessel_j0'", "--scope"),
+    (by_distances, "operator-unsupported", "'cdist'", "--scope"),
+    (by_a_number, "operator-unsupported", "a Python number of a tensor's value", ".item()"),
+    (by_a_branch, "export-failed", "Python control flow", "torch.where"),
+    (by_a_loop, "export-failed", "Python control flow", "--scope"),
+    (by_numpy, "export-failed", "numpy", "--scope"),
+    (by_sample, "export-failed", "one batch size alone", "x.shape[0]"),
+]
+
+
+def lines_of(function: Callable[..., Any]) -> set[int]:
+    """The lines of a function. A trace keeps those of `forward` methods, an error all."""
+    lines, start = inspect.getsourcelines(function)
+    return set(range(start, start + len(lines)))
+
+
+@pytest.mark.parametrize(
+    ("odd", "code", "message", "hint"), CASES, ids=[case[0].__name__ for case in CASES]
+)
+def test_it_names_the_operator_the_line_and_the_way_out(
+    odd: Callable[[Tensor], Tensor], code: str, message: str, hint: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        run_until(begin(seeded(Odd, odd), noise(2, 4, 32), make_rules()), "canonicalize")
+    error = caught.value
+    assert error.code == code
+    assert message in error.message
+    assert hint in (error.hint or "")
+    if odd is by_sample:
+        return  # The batch is met everywhere.
+    assert error.location is not None
+    assert error.location.file.endswith(Path(__file__).name)
+    assert error.location.line in lines_of(odd) | lines_of(Odd.forward)
+
+
+def test_a_line_of_the_model_is_preferred_to_one_of_a_library(tmp_path: Path) -> None:
+    own = tmp_path / "model.py"
+    library = "/usr/lib/python3/site-packages/vision/layers.py"
+    inner = "/usr/lib/python3/site-packages/torch/nn/modules/linear.py"
+
+    def trace(*files: Any) -> str:
+        return "\n".join(f'  File "{f}", line {i}, in forward' for i, f in enumerate(files, 1))
+
+    assert place_in(trace(own, library, inner)) == Location(str(own), 1)
+    assert place_in(trace(library, library, inner)) == Location(library, 2)
+    assert place_in("") is None
+
+
+def test_an_error_of_the_builder_gets_the_line_that_its_node_is_from() -> None:
+    places = {"node_DFT": Location("m.py", 3), "node_DFT_1": Location("m.py", 4)}
+    for text, line in (("at node 'node_DFT_1' (DFT)", 4), ("node_DFT_1_35 has no runners", 4)):
+        found = placed(CheckFailed("engine-parse-failed", text), places)
+        assert (found.location, found.code) == (Location("m.py", line), "engine-parse-failed")
+        assert "--engine none" in (found.hint or "")
+    unknown = CheckFailed("engine-build-failed", "out of memory", hint="buy more")
+    assert placed(unknown, places) is unknown
+
+
+def resizing() -> onnx.ModelProto:
+    """Two Resize nodes that share their scales."""
+    nodes = [
+        helper.make_node("Resize", ["x", "", "scales"], ["a"], name="one", mode="linear"),
+        helper.make_node("Resize", ["a", "", "scales"], ["y"], name="two", mode="linear"),
+    ]
+    scales = helper.make_tensor("scales", TensorProto.FLOAT, [4], [1.0, 1.0, 2.0, 2.0])
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 1, size, size])
+        for name, size in (("x", 2), ("y", 8))
+    ]
+    graph = helper.make_graph(nodes, "resizing", ends[:1], ends[1:], [scales])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)])
+
+
+def test_two_that_share_their_scales_are_both_converted_to_fp16() -> None:
+    half = to_half(resizing())
+    onnx.checker.check_model(half, full_check=True)
+    resizes = [node for node in half.graph.node if node.op_type == "Resize"]
+    assert len({node.input[2] for node in resizes}) == 2
+
+
+def test_operators_without_fp16_are_known_from_the_standard() -> None:
+    found = float32_only({"NonMaxSuppression", "MatMul", "Resize", "Gather", "NoSuchOperator"})
+    assert found == ["NonMaxSuppression"]

@@ -1,0 +1,185 @@
+"""Vision transformers of the libraries compile as they are, each for what is unusual in it.
+
+All are a block or two of a few channels, built from a configuration: nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gpusq_compile import compile_model
+
+timm: Any = pytest.importorskip("timm")
+torchvision: Any = pytest.importorskip("torchvision")
+transformers: Any = pytest.importorskip("transformers")
+
+RULES: dict[str, Any] = {
+    "version": 1,
+    "extends": "int8",
+    "target": {"precision": "fp32"},
+    "rules": [
+        {
+            "id": "gemms",
+            "match": {
+                "op": ["linear", "conv2d"],
+                "kernel_size": 1,
+                "in_features": {"multiple_of": 32},
+                "out_features": {"multiple_of": 32},
+            },
+            "sparsity": {"pattern": "2:4"},
+            "quantize": {"weight": "int8", "output": "auto"},
+        }
+    ],
+    "calibration": {"batches": 1},
+}
+SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 128,
+    "image_size": 32,
+    "patch_size": 8,
+}
+PLAIN: dict[str, Any] = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 64,
+    "num_heads": 2,
+    "depth": 1,
+}
+
+
+class Tower(nn.Module):
+    """A model of transformers by its pixels alone, with the first of its outputs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        found: Tensor = self.model(pixel_values=pixel_values)[0]
+        return found
+
+
+def hf(model: str, config: str, **settings: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        return Tower(getattr(transformers, model)(getattr(transformers, config)(**settings)))
+
+    return build
+
+
+def of_timm(name: str, **settings: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        model: nn.Module = timm.create_model(name, **settings)
+        return model
+
+    return build
+
+
+def pyramid(**more: Any) -> dict[str, Any]:
+    return {"embed_dim": 32, "depths": [1, 1], "num_heads": [1, 2], "window_size": [4, 4]} | more
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "class attention, talking heads": (of_timm("cait_xxs24_224", **PLAIN, depth_token_only=1), 32),
+    "relative positions": (of_timm("beit_base_patch16_224", **PLAIN), 32),
+    "rotary positions, gated units": (of_timm("eva02_tiny_patch14_224", **PLAIN, mlp_ratio=2), 32),
+    "register tokens": (of_timm("vit_small_patch14_reg4_dinov2", **PLAIN), 32),
+    "channel attention, stem": (
+        of_timm("xcit_nano_12_p16_224", depth=1, embed_dim=64, num_heads=2),
+        64,
+    ),
+    "one-pixel convolutions": (
+        of_timm("levit_conv_128s", embed_dim=(64, 64), key_dim=16, num_heads=(2, 2), depth=(1, 1)),
+        224,
+    ),
+    "two positions tables": (of_timm("convit_tiny", **PLAIN), 32),
+    "windows in blocks": (
+        lambda: timm.models.nest.Nest(
+            32, 3, 4, num_levels=2, embed_dims=(32, 64), num_heads=(1, 2), depths=(1, 1)
+        ),
+        32,
+    ),
+    "multihead module": (
+        lambda: torchvision.models.VisionTransformer(32, 8, 1, 2, 64, 128, num_classes=10),
+        32,
+    ),
+    "windows, cosine attention": (
+        lambda: torchvision.models.SwinTransformer(
+            [4, 4], **pyramid(), block=torchvision.models.swin_transformer.SwinTransformerBlockV2
+        ),
+        32,
+    ),
+    "hf vit": (hf("ViTForImageClassification", "ViTConfig", **SMALL), 32),
+    "hf deit": (hf("DeiTForImageClassificationWithTeacher", "DeiTConfig", **SMALL), 32),
+    "hf beit": (
+        hf("BeitForImageClassification", "BeitConfig", use_relative_position_bias=True, **SMALL),
+        32,
+    ),
+    "hf dinov2": (hf("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", **SMALL), 32),
+    "hf dinov3": (hf("DINOv3ViTModel", "DINOv3ViTConfig", **SMALL), 32),
+    "hf clip": (hf("CLIPVisionModelWithProjection", "CLIPVisionConfig", **SMALL), 32),
+    "hf siglip": (hf("SiglipVisionModel", "SiglipVisionConfig", **SMALL), 32),
+    "hf swin": (
+        hf(
+            "SwinForImageClassification",
+            "SwinConfig",
+            image_size=32,
+            **{**pyramid(), "window_size": 4},
+        ),
+        32,
+    ),
+    "hf segformer": (
+        hf(
+            "SegformerForSemanticSegmentation",
+            "SegformerConfig",
+            num_encoder_blocks=2,
+            depths=[1, 1],
+            sr_ratios=[2, 1],
+            hidden_sizes=[32, 64],
+            patch_sizes=[7, 3],
+            strides=[4, 2],
+            num_attention_heads=[1, 2],
+            mlp_ratios=[2, 2],
+            decoder_hidden_size=64,
+        ),
+        64,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_compiles_with_every_fitting_layer_sparse_and_int8(name: str) -> None:
+    build, size = MODELS[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, images = build().eval(), torch.randn(2, 3, size, size)
+    result = compile_model(
+        model,
+        (images,),
+        rules=RULES,
+        calibration_data=[images],
+        finetune=False,
+        engine="none",
+    )
+    layers = result.report["layers"]
+    assert result.report["verify"]["ok"]
+    by_role: dict[str, list[dict[str, Any]]] = {}
+    for layer in layers:
+        for role in layer["roles"]:
+            by_role.setdefault(role, []).append(layer)
+    assert len(by_role["patch_embed"]) == 1
+    for role in ("attention_qkv", "attention_proj", "mlp"):
+        assert by_role[role], role
+    for layer in layers:
+        rows, columns, *kernel = layer["shape"] or (0, 0)
+        fits = rows % 32 == columns % 32 == 0 and max(kernel, default=1) == 1
+        if fits and "classifier" not in layer["roles"] and not layer["reasons"]:
+            assert layer["applied"]["sparsity"] == "2:4", layer["name"]
+            assert layer["applied"]["weight"] == "int8", layer["name"]
+    assert sum(layer["applied"]["weight"] == "int8" for layer in layers) >= 4
