@@ -7,7 +7,6 @@ import math
 import torch
 from torch import nn
 
-
 ROUNDINGS = 4
 """Roundings of the largest value that two ways to compute the same may differ by."""
 
@@ -25,7 +24,7 @@ def spread(reference: torch.Tensor) -> float:
 def largest_difference(ours: torch.Tensor, reference: torch.Tensor) -> float:
     """The largest absolute difference, in `spread`s; infinite where either holds NaN.
 
-    None where float32's rounding explains it: values that lie close together far from zero (the
+    Zero where float32's rounding explains it: values that lie close together far from zero (the
     boxes of a detector that was not trained) have a spread of a few roundings.
     """
     difference = float((ours.float() - reference.float()).abs().max())
