@@ -22,16 +22,20 @@ def spread(reference: torch.Tensor) -> float:
 
 
 def largest_difference(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    """The largest absolute difference, in `spread`s; infinite where either holds NaN.
+    """The largest absolute difference, in `spread`s; infinite where either holds NaN."""
+    difference = float((ours.float() - reference.float()).abs().max()) / spread(reference)
+    return math.inf if math.isnan(difference) else difference
 
-    Zero where float32's rounding explains it: values that lie close together far from zero (the
-    boxes of a detector that was not trained) have a spread of a few roundings.
+
+def is_rounding(ours: torch.Tensor, reference: torch.Tensor) -> bool:
+    """Whether float32's rounding explains all differences of two tensors.
+
+    Values that lie close together far from zero (the boxes of a detector that was not trained) have
+    a spread of a few roundings, so that in `spread`s a rounding looks large.
     """
     difference = float((ours.float() - reference.float()).abs().max())
-    if not math.isfinite(difference):
-        return math.inf
-    rounding = ROUNDINGS * torch.finfo(torch.float32).eps * float(reference.float().abs().max())
-    return 0.0 if difference <= rounding else difference / spread(reference)
+    largest = float(reference.float().abs().max())
+    return difference <= ROUNDINGS * torch.finfo(torch.float32).eps * largest
 
 
 def cosine_per_sample(ours: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,13 @@ import math
 import pytest
 import torch
 
-from gpusq_compile.numerics import cosine_per_sample, largest_difference, per_sample, spread
+from gpusq_compile.numerics import (
+    cosine_per_sample,
+    is_rounding,
+    largest_difference,
+    per_sample,
+    spread,
+)
 
 INF, NAN = float("inf"), float("nan")
 
@@ -51,8 +57,10 @@ def test_outputs_of_any_shape_are_rows_of_values(
     assert not math.isnan(float(found.sum()))
 
 
-def test_what_rounding_explains_is_no_difference() -> None:
+def test_what_rounding_explains_is_told_from_a_difference() -> None:
     """Four boxes in the middle of an image, which an untrained detector tells apart by 1e-6."""
     boxes = 0.5 + torch.tensor([0.0, 1e-6, 2e-6, 3e-6])
-    assert largest_difference(boxes + 6e-8, boxes) == 0
+    assert is_rounding(boxes + 6e-8, boxes)
+    assert not is_rounding(boxes + 1e-5, boxes)
+    assert not is_rounding(boxes * torch.nan, boxes)
     assert largest_difference(boxes + 1e-5, boxes) > 1

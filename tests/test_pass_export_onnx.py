@@ -70,7 +70,8 @@ class Shared(nn.Module):
 
 
 def test_a_weight_that_is_read_twice_is_stored_once() -> None:
-    compilation = run_until(begin(Shared().eval(), noise(2, 32), make_rules(RULE)), "fold")
+    nothing = {"id": "none", "match": {"op": "conv2d"}, "sparsity": "none", "optional": True}
+    compilation = run_until(begin(Shared().eval(), noise(2, 32), make_rules(nothing)), "fold")
     graph = compilation.ir.graph
     second = [node for node in graph.nodes if node.target is torch.ops.aten.linear.default][1]
     weight = second.args[1]
