@@ -7,8 +7,6 @@ units of the former kind to start with; `pair_anew` improves units and groups to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import combinations
 
@@ -16,8 +14,12 @@ import torch
 
 from gpusq_compile.sparsity import Pattern
 
-CHUNK_BYTES = 6 * 2**20
-"""Memory for what is computed from the columns of one chunk of pairs; more leaves the caches."""
+CHUNK_BYTES = 8 * 2**20
+"""Memory for what is computed from the columns of one chunk of pairs.
+
+More leaves the caches, and less is mostly calls. Several chunks at once on threads are slower than
+one after the other: between calls as short as these the threads wait for the interpreter.
+"""
 
 Pair = tuple[int, int]
 
@@ -105,25 +107,13 @@ def pair_anew(
     row_bytes = 4 * energy.shape[1] * (len(_pairs()) + 2 * pattern.group + 8)
     step = max(1, CHUNK_BYTES // row_bytes)
 
-    def improve(part: torch.Tensor, beside: torch.Tensor) -> float:
+    gain = 0.0
+    for part, beside in zip(torch.split(moved, step), torch.split(fixed, step), strict=True):
         values = energy[order[part].T.to(energy.device)]
         others = energy[order[beside].permute(1, 2, 0).to(energy.device)]
         scores = arrangement_energy(values, others[:, ::2] + others[:, 1::2], pattern.keep)
-        return take_best(order, part, ways, scores)
-
-    return sum(each(improve, torch.split(moved, step), torch.split(fixed, step)))
-
-
-def each(work: Callable[..., float], *parts: Sequence[torch.Tensor]) -> list[float]:
-    """What `work` returns for each chunk, on as many threads as PyTorch has.
-
-    Chunks are too small for PyTorch's own threads, and leave the interpreter free meanwhile.
-    """
-    threads = min(torch.get_num_threads(), len(parts[0]))
-    if threads < 2:
-        return list(map(work, *parts))
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(work, *parts))
+        gain += take_best(order, part, ways, scores)
+    return gain
 
 
 def take_best(

@@ -16,13 +16,13 @@ from itertools import combinations
 
 import torch
 
-from gpusq_compile.column_pairs import CHUNK_BYTES, each, pair_anew, pair_by_covariance, take_best
+from gpusq_compile.column_pairs import CHUNK_BYTES, pair_anew, pair_by_covariance, take_best
 from gpusq_compile.sparsity import Pattern
 
 SMALL = 1 << 16
 """Weights of a layer up to which the search goes on for as long as it finds anything."""
 
-WORK = 2 * 10**7
+WORK = 12 * 10**6
 """Rows times columns that the search may visit in all of a larger one, which so gets fewer rounds:
 most of what is gained is gained in the first."""
 
@@ -190,11 +190,11 @@ def regroup(
     row_bytes = 4 * energy.shape[1] * 2 * (group * (2 * group - 1) + 2 * group)
     step = max(1, CHUNK_BYTES // row_bytes)
 
-    def improve(part: torch.Tensor) -> float:
+    gain = 0.0
+    for part in torch.split(places, step):
         values = energy[order[part].T.to(energy.device)]
-        return take_best(order, part, ways, split_scores(values, pattern))
-
-    return sum(each(improve, torch.split(places, step)))
+        gain += take_best(order, part, ways, split_scores(values, pattern))
+    return gain
 
 
 def split_scores(values: torch.Tensor, pattern: Pattern) -> torch.Tensor:
