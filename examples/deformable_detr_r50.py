@@ -29,7 +29,7 @@ from photos import CLASSES, Target, best_overlap, normalized, relative_boxes, sa
 Batch = tuple[Tensor, list[Target]]
 
 TINY = os.environ.get("DEFORMABLE_DETR", "r50") == "tiny"
-IMAGE_SIZE = int(os.environ.get("IMAGE_SIZE", "128" if TINY else "384"))
+IMAGE_SIZE = int(os.environ.get("IMAGE_SIZE", "128" if TINY else "256"))
 BATCH_SIZE = 2
 
 

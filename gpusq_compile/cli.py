@@ -22,6 +22,7 @@ from typing import Any, TextIO
 import click
 
 from gpusq_compile import __version__
+from gpusq_compile.allocator import keep_freed_memory
 from gpusq_compile.console import Console, write_out
 from gpusq_compile.errors import (
     EXIT_INTERNAL,
@@ -174,6 +175,7 @@ def check_values(options: dict[str, Any]) -> None:
 def compile_command(options: dict[str, Any], console: Console, stdout: TextIO) -> None:
     """Run one compilation and show its report, that of a failed check too."""
     rules = load_rules(options["rules"])
+    keep_freed_memory()
     if options["weights"] == "pretrained" and ":" in options["model"]:
         console.info(f"loading {options['model']} with its pretrained weights")
     # Bad rules should not wait for torch to be imported.

@@ -11,6 +11,7 @@ import onnx
 import torch
 
 from gpusq_compile.accuracy import measure
+from gpusq_compile.allocator import give_back
 from gpusq_compile.compilation import Compilation, PassRecord
 from gpusq_compile.errors import InternalError
 from gpusq_compile.graph.query import tensor_attribute
@@ -55,6 +56,7 @@ def run_passes(compilation: Compilation, passes: Sequence[Pass]) -> None:
             measure(compilation, MEASURED_AFTER[step.name], compilation.ir)
         compilation.facts -= set(step.removes)
         compilation.facts |= set(step.ensures)
+        give_back()
     compilation.running = "report"
 
 

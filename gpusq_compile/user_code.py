@@ -7,6 +7,7 @@ import linecache
 import sysconfig
 import traceback
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,12 @@ def _error_text(error: BaseException, frames: list[traceback.FrameSummary]) -> s
     return ": ".join([type(error).__name__, *(["\n".join(lines)] if lines else [])])
 
 
+@cache
 def is_users(file: Path) -> bool:
-    """Whether a file is neither this package's, nor an installed library's, nor Python's own."""
+    """Whether a file is neither this package's, nor an installed library's, nor Python's own.
+
+    Kept for each file: it is asked of every frame of every node, and looks at the file system.
+    """
     if file.name.startswith("<"):
         return False
     ours = Path(__file__).resolve().parent

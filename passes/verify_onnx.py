@@ -53,6 +53,7 @@ def run(compilation: Compilation) -> PassResult:
     attentions = [plan for _, plan in planned_attentions(compilation.ir.graph)]
     attentions = [plan for plan in attentions if plan.applied != Treatment()]
     broken += check_attentions(written, attentions)
+    del written
     session = open_session(path)
     numerics = compare(compilation.expected, session, logits_finder(compilation))
     limits = compilation.rules.verify

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from gpusq_compile.errors import InputError
 from gpusq_compile.model_source import ModelSource
@@ -58,6 +59,8 @@ def load_library_model(
         facts=model.facts,
         data_forms=kinds_for(model.task),
     )
+    # The data's makers know the model by its description; its weights go once it is traced.
+    model.module = nn.Identity()
     if model.task != "classification" and model.loss is None:
         source.loss = features_alone
         text = (
