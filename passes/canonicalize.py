@@ -56,23 +56,11 @@ VIEWS_LIKE_ANOTHER = {aten.view_as.default, aten.reshape_as.default}
 def run(compilation: Compilation) -> PassResult:
     graph_module = compilation.ir
     result = PassResult()
-    rewrites: tuple[Callable[[torch.fx.GraphModule, torch.fx.Node], bool], ...] = (
-        remove_identity,
-        view_to_reshape,
-        baddbmm_to_matmul,
-        einsum_to_matmul,
-        product_to_linear,
-        attention_to_four_axes,
-        spell_out_attention,
-        copy_to_source,
-        select_from_stack,
-    )
-    for node in list(graph_module.graph.nodes):
-        for rewrite in rewrites:
-            if rewrite(graph_module, node):
+    for rewrites in REWRITES:
+        for node in list(graph_module.graph.nodes):
+            if any(rewrite(graph_module, node) for rewrite in rewrites):
                 result.matched += 1
                 result.changed += 1
-                break
     for node in list(graph_module.graph.nodes):
         pad_numerically(node)
         if node.target is not aten.conv2d.default:
@@ -285,6 +273,20 @@ def _pair(value: object) -> tuple[int, int]:
         first = int(value[0])
         return first, int(value[-1])
     return int(value), int(value)  # type: ignore[call-overload]
+
+
+REWRITES: tuple[tuple[Callable[[torch.fx.GraphModule, torch.fx.Node], bool], ...], ...] = (
+    (remove_identity, view_to_reshape, baddbmm_to_matmul, einsum_to_matmul),
+    (
+        product_to_linear,
+        attention_to_four_axes,
+        spell_out_attention,
+        copy_to_source,
+        select_from_stack,
+    ),
+)
+"""At each node the first that applies, once for each group: a later group sees what the earlier
+ones made."""
 
 
 PASS = Pass(

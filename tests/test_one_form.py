@@ -71,6 +71,21 @@ REWRITTEN: dict[str, tuple[Compute, str, str]] = {
         "aten.einsum.default",
         "aten.matmul.default",
     ),
+    "einsum with a weight": (
+        lambda m, x: torch.einsum("bnd,dc->bnc", x, m.stored),
+        "aten.einsum.default",
+        "aten.linear.default",
+    ),
+    "einsum with a transposed weight": (
+        lambda m, x: torch.einsum("bhnd,cd->bhnc", heads(x).repeat(1, 1, 1, 4), m.stored).sum(1),
+        "aten.einsum.default",
+        "aten.linear.default",
+    ),
+    "einsum with the weight in front": (
+        lambda m, x: torch.einsum("cd,bnd->bnc", m.stored, x),
+        "aten.einsum.default",
+        "aten.linear.default",
+    ),
     "product with a transposed weight": (
         lambda m, x: x @ m.stored.T,
         "aten.matmul.default",

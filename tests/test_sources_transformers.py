@@ -11,13 +11,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import transformers
+from PIL import Image
 from torch import Tensor
 
 from gpusq_compile.errors import InputError
 from gpusq_compile.load_model import load_source
 from gpusq_compile.model_source import ModelSource
+from gpusq_compile.sources.images import whole_image
+from gpusq_compile.sources.transformers_images import input_images
 from tests.tiny_transformers import config_of, save_config, save_model
 
 
@@ -209,6 +214,38 @@ class TestImages:
         assert source.example_inputs[0].shape == (2, 3, 512, 512)
         text = text_of(source.facts, "input-images")
         assert "512x512 (the default of segformer)" in text
+
+    @pytest.mark.parametrize(
+        ("kind", "said"),
+        [
+            ("ViTImageProcessor", {"image_mean": [0.1, 0.2, 0.3]}),
+            ("ViTImageProcessor", {"do_normalize": False}),
+            ("ViTImageProcessor", {"do_rescale": False, "image_mean": [9, 8, 7]}),
+            ("ViTImageProcessor", {"rescale_factor": 1 / 127.5, "image_std": [2, 3, 4]}),
+            ("MobileViTImageProcessor", {"do_center_crop": False}),
+            ("MobileViTImageProcessor", {"do_flip_channel_order": False, "do_center_crop": False}),
+        ],
+    )
+    def test_pixels_are_those_of_the_librarys_own_preprocessor(
+        self, kind: str, said: dict[str, Any]
+    ) -> None:
+        size = {"height": 32, "width": 32}
+        pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        photo = Image.fromarray(pixels)
+        library = getattr(transformers, kind)(size=size, **said)
+        expected = library(photo, return_tensors="pt")["pixel_values"][0]
+        file = {"size": size, "image_processor_type": kind, **said}
+        images, _ = input_images(config_of("ViTForImageClassification"), file, "vit")
+        torch.testing.assert_close(whole_image(images)(photo), expected, rtol=1e-5, atol=1e-5)
+
+    def test_every_filter_of_pillow_is_known(self) -> None:
+        config = config_of("ViTForImageClassification")
+        photo = Image.fromarray(np.arange(3 * 40 * 40, dtype=np.uint8).reshape(40, 40, 3))
+        for number in map(Image.Resampling, range(6)):
+            images, _ = input_images(config, {"resample": number.value}, "vit")
+            expected = np.asarray(photo.resize((32, 32), number), dtype=np.float32) / 255
+            found = whole_image(images)(photo) * 0.5 + 0.5
+            np.testing.assert_allclose(found.permute(1, 2, 0), expected, atol=1e-5)
 
 
 class TestBadPaths:

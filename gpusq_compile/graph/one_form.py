@@ -45,7 +45,8 @@ def baddbmm_to_matmul(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -
 def einsum_to_matmul(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
     """An `einsum` of two factors that is a batch of matrix products -> permute, matmul, permute.
 
-    That is one summed index, and one index that is each factor's alone.
+    That is one summed index, and one index that is each factor's alone; with a matrix for the one
+    factor, such as a stored weight, any number of them that are the other's alone.
     """
     if node.target is not aten.einsum.default:
         return False
@@ -58,15 +59,14 @@ def einsum_to_matmul(graph_module: torch.fx.GraphModule, node: torch.fx.Node) ->
     if labels is None:
         return False
     first, second, result = labels
+    if len(first) == 2 and len(second) > 2:
+        operands, first, second = operands[::-1], second, first
     batch = [label for label in result if label in first and label in second]
     summed = [label for label in first if label in second and label not in result]
     rows = [label for label in first if label not in second]
     columns = [label for label in second if label not in first]
-    if not (len(summed) == len(rows) == len(columns) == 1) or set(result) != {
-        *batch,
-        *rows,
-        *columns,
-    }:
+    one_product = len(summed) == len(columns) == 1 and (len(rows) == 1 or (rows and not batch))
+    if not one_product or set(result) != {*batch, *rows, *columns}:
         return False
     if any(len(set(part)) != len(part) for part in labels):
         return False

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gpusq_compile.errors import InputError
 from gpusq_compile.sources.model import Images
 from gpusq_compile.sources.require import require
@@ -44,8 +46,7 @@ def whole_image(images: Images) -> Callable[[Any], Any]:
     composed: Callable[[Any], Any] = transforms.Compose(
         [
             transforms.Resize(images.size, _interpolation(images)),
-            transforms.ToTensor(),
-            transforms.Normalize(images.mean, images.std),
+            *_as_tensor(images),
         ]
     )
     return composed
@@ -62,11 +63,23 @@ def classified_image(images: Images) -> Callable[[Any], Any]:
         [
             transforms.Resize(images.edge, _interpolation(images)),
             transforms.CenterCrop(images.size),
-            transforms.ToTensor(),
-            transforms.Normalize(images.mean, images.std),
+            *_as_tensor(images),
         ]
     )
     return composed
+
+
+def _as_tensor(images: Images) -> list[Callable[[Any], Any]]:
+    """The steps from a PIL image in its last size to the normalized tensor."""
+    transforms = require("torchvision.transforms")
+    steps = [transforms.ToTensor(), transforms.Normalize(images.mean, images.std)]
+    if images.blue_first:
+        steps.insert(1, _turned)
+    return steps
+
+
+def _turned(image: torch.Tensor) -> torch.Tensor:
+    return image.flip(0)
 
 
 def _interpolation(images: Images) -> Any:

@@ -27,7 +27,8 @@ class Images:
     `size` is (height, width). `edge` is the length to which an image's shorter side is resized
     before `size` is cut out of its middle; None squeezes the whole image into `size`. `own` is the
     library's own preprocessing of one PIL image and goes before all of these; it serves images
-    that are classified whole, where nothing has a place in them.
+    that are classified whole, where nothing has a place in them. `blue_first`: the channels
+    are in the order blue, green, red.
     """
 
     size: tuple[int, int]
@@ -37,6 +38,7 @@ class Images:
     edge: int | None = None
     interpolation: str = "bilinear"
     own: Callable[[Any], torch.Tensor] | None = None
+    blue_first: bool = False
 
     def batch_size(self, full: int) -> int:
         """`full` images of 224 x 224, or as many pixels of larger ones; two at least."""

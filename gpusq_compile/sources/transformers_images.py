@@ -9,7 +9,9 @@ from gpusq_compile.sources.require import require
 
 DEFAULT_SIZE = (224, 224)
 IMAGENET = Images(DEFAULT_SIZE)
-PILLOW_FILTERS: dict[int | None, str] = {0: "nearest", 2: "bilinear", 3: "bicubic"}
+PILLOW_FILTERS: dict[int | None, str] = dict(
+    enumerate(("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"))
+)
 """`resample` in preprocessor_config.json is Pillow's number of a filter."""
 
 PROCESSOR_KEYS = (
@@ -20,7 +22,12 @@ PROCESSOR_KEYS = (
     "image_mean",
     "image_std",
     "resample",
+    "do_rescale",
+    "rescale_factor",
+    "do_flip_channel_order",
 )
+BYTES = 255.0
+"""What 1 stands for in an image's file."""
 
 
 def input_images(
@@ -37,7 +44,7 @@ def input_images(
         processor: the content of preprocessor_config.json, None where there is none.
         model_type: of the whole configuration, by which the family's preprocessor is found.
     """
-    said = processor if processor is not None else _family(model_type)
+    said = _family(model_type, (processor or {}).get("image_processor_type")) | (processor or {})
     own = "its preprocessor" if processor is not None else f"the default of {model_type}"
     cut = _size(said.get("crop_size")) if said.get("do_center_crop") else None
     resized = _size(said.get("size"))
@@ -51,23 +58,40 @@ def input_images(
     size, place = next((size, place) for size, place in choices if size is not None)
     # A preprocessor made for another size keeps its margin.
     edge = round(min(size) * min(resized) / min(cut)) if cut and resized else None
-    mean, std = said.get("image_mean") or IMAGENET.mean, said.get("image_std") or IMAGENET.std
-    if said.get("do_normalize") is False:
-        mean, std = (0.0,), (1.0,)
+    mean, std = _normalization(said)
     channels = getattr(config, "num_channels", 3)
     images = Images(
         size,
-        tuple(mean),
-        tuple(std),
+        mean,
+        std,
         edge=edge if edge is not None and edge >= max(size) else None,
         channels=channels if isinstance(channels, int) else 3,
         interpolation=PILLOW_FILTERS.get(said.get("resample"), "bilinear"),
+        blue_first=bool(said.get("do_flip_channel_order")),
     )
     text = (
         f"images of {size[0]}x{size[1]} ({place}), normalized with mean {_short(images.mean)} and "
-        f"deviation {_short(images.std)} ({own if said.get('image_mean') else 'the default'})"
+        f"deviation {_short(images.std)} ({own if said else 'the default'})"
     )
+    if images.blue_first:
+        text += ", blue first"
     return images, text
+
+
+def _normalization(said: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The mean and deviation for pixels in [0, 1] that do what a preprocessor does to bytes.
+
+    It multiplies them by `rescale_factor` if `do_rescale` holds, and normalizes what that gives.
+    """
+    mean = tuple(said.get("image_mean") or IMAGENET.mean)
+    std = tuple(said.get("image_std") or IMAGENET.std)
+    if said and not said.get("do_normalize"):
+        mean, std = (0.0,), (1.0,)
+    largest = BYTES
+    if said.get("do_rescale") is not False:
+        factor = said.get("rescale_factor")
+        largest *= 1.0 / BYTES if factor is None else factor
+    return tuple(value / largest for value in mean), tuple(value / largest for value in std)
 
 
 def _short(values: tuple[float, ...]) -> str:
@@ -88,14 +112,14 @@ def _size(value: Any) -> tuple[int, int] | None:
     return None
 
 
-def _family(model_type: str) -> dict[str, Any]:
-    """What the image processor of a model family does where nothing else is said."""
+def _family(model_type: str, named: str | None = None) -> dict[str, Any]:
+    """What the image processor `named`, or that of a model family, does where nothing is said."""
     auto = require("transformers.models.auto.image_processing_auto")
     names = auto.IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type)
     if isinstance(names, dict):
         names = tuple(names.values())
     transformers = require("transformers")
-    for name in names or ():
+    for name in (named, *(names or ())):
         found = getattr(transformers, name or "", None)
         if found is not None and hasattr(found, "image_mean"):
             return {key: getattr(found, key, None) for key in PROCESSOR_KEYS}
