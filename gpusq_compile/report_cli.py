@@ -42,7 +42,8 @@ DAMAGE = (LookupError, TypeError, AttributeError, ValueError)
     "other",
     type=click.Path(path_type=Path),
     metavar="FOLDER2",
-    help="What changed from the run in FOLDER to the one in FOLDER2.",
+    help="What changed from the run in FOLDER to the one in FOLDER2. With --open or --page one "
+    "page shows both, their activation maps side by side.",
 )
 @click.option(
     "--log",
@@ -72,6 +73,13 @@ DAMAGE = (LookupError, TypeError, AttributeError, ValueError)
     help="Open the page of the run in a browser. It is made again where it is missing, or where "
     "logs say more.",
 )
+@click.option(
+    "--page",
+    "file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the page to FILE, such as both.html. Without --open no browser is needed.",
+)
 @click.version_option(__version__, prog_name="gpusq-report")
 def command(folder: Path | None, logs: tuple[Path, ...], form: str, **options: Any) -> None:
     """Show the report of the run whose output folder is FOLDER, or ask it a question.
@@ -86,16 +94,11 @@ def command(folder: Path | None, logs: tuple[Path, ...], form: str, **options: A
         raise click.UsageError("Missing argument 'FOLDER'.")
     gates = Gates(options["max_drop"], options["strict"], options["require_sparse"])
     report = add_logs(read_report(folder), folder, logs)
-    if options["opens"]:
-        from gpusq_compile.report.open_page import open_page
-
-        try:
-            write_out(f"{open_page(report_file(folder).parent, report)}\n", sys.stdout)
-        except DAMAGE as error:
-            raise damaged(folder, error) from None
-        return
     try:
-        text = answer(report, folder, form, options)
+        if options["opens"] or options["file"]:
+            text = paged(report, folder, form, options)
+        else:
+            text = answer(report, folder, form, options)
     except DAMAGE as error:
         raise damaged(folder, error) from None
     write_out(text, sys.stdout)
@@ -141,13 +144,38 @@ def show_whole(report: dict[str, Any], console: rich.console.Console) -> None:
     show_report(report, console)
 
 
-def compared(report: dict[str, Any], folder: Path, other: Path, form: str) -> str:
-    second = add_logs(read_report(other), other, ())
-    for path, one in ((folder, report), (other, second)):
+def paged(report: dict[str, Any], folder: Path, form: str, options: dict[str, Any]) -> str:
+    """Where the page stands that was asked for; it is opened if that was asked for too."""
+    if form != "text" or options["why"] or options["remarks"] or options["timing"]:
+        raise click.UsageError(
+            "--open and --page are of the whole run: they go with none of --format, --why, "
+            "--remarks and --timing."
+        )
+    from gpusq_compile.report.open_page import make_page, show_page
+
+    second, other = None, options["other"]
+    if other is not None:
+        added = add_logs(read_report(other), other, ())
+        check_whole((folder, report), (other, added))
+        second = report_file(other).parent, added
+    path = make_page((report_file(folder).parent, report), second, options["file"])
+    if options["opens"]:
+        show_page(path)
+    return f"{path}\n"
+
+
+def check_whole(*runs: tuple[Path, dict[str, Any]]) -> None:
+    """Raises InputError for the first report that is not as this version writes it."""
+    for path, report in runs:
         try:
-            compare(one, one)
+            compare(report, report)
         except DAMAGE as error:
             raise damaged(path, error) from None
+
+
+def compared(report: dict[str, Any], folder: Path, other: Path, form: str) -> str:
+    second = add_logs(read_report(other), other, ())
+    check_whole((folder, report), (other, second))
     found = compare(report, second)
     if form == "json":
         return json.dumps(found, indent=2) + "\n"

@@ -243,15 +243,15 @@ def test_a_reader_that_stops_early_is_no_error(finished: Path) -> None:
     assert process.wait() == 0
 
 
-def opened(folder: Path, browser: Path) -> tuple[Run, str]:
-    """`gpusq-report FOLDER --open` with a browser that writes down what it is to open."""
+def opened(folder: Path, browser: Path, *more: str) -> tuple[Run, str]:
+    """`gpusq-report FOLDER --open MORE` with a browser that writes down what it is to open."""
     address = browser / "address"
     program = browser / "browser.sh"
     program.write_text(f'#!/bin/sh\nprintf %s "$1" > {address}\n')
     program.chmod(0o755)
     code = "from gpusq_compile.report_cli import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", code, str(folder), "--open"],
+        [sys.executable, "-c", code, str(folder), "--open", *more],
         env={**os.environ, "BROWSER": f"{program} %s", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from gpusq_compile.report.names import listed
@@ -63,10 +64,14 @@ def _flat(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {f"{outer}.{inner}": v for outer, items in values.items() for inner, v in items.items()}
 
 
-def _entries(before: Any, after: Any, facts: Any) -> dict[str, Any]:
+def _entries(
+    before: Any, after: Any, facts_of: Callable[[Mapping[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
     """The entries of a list by name: which are in one report alone, and what changed of others."""
     old, new = ({entry["name"]: entry for entry in entries} for entries in (before, after))
-    changed = {name: _pairs(facts(old[name]), facts(new[name])) for name in old if name in new}
+    changed = {
+        name: _pairs(facts_of(old[name]), facts_of(new[name])) for name in old if name in new
+    }
     return {
         "only_first": [name for name in old if name not in new],
         "only_second": [name for name in new if name not in old],
@@ -169,51 +174,89 @@ def _entries_of_remarks(first: Report, second: Report) -> dict[str, list[str]]:
     }
 
 
+@dataclass(frozen=True)
+class Fact:
+    """One thing that changed, as text. `change` is by how much, empty where that says nothing."""
+
+    what: str
+    before: str
+    after: str
+    change: str = ""
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Layers, attentions or taps that changed alike."""
+
+    names: list[str]
+    facts: list[Fact]
+
+
+def facts(found: Mapping[str, Any]) -> dict[str, list[Fact]]:
+    """What changed of the whole model, by the part of the comparison."""
+    parts = {part: _plain(found[part]) for part in ("run", "metrics", "finetune", "verify")}
+    parts["accuracy"] = [
+        Fact(stage, _percent(before), _percent(after), _points(before, after))
+        for stage, (before, after) in found["accuracy"].items()
+    ]
+    parts["storage"] = [
+        Fact(key.replace("_", " "), _shown(before), _shown(after), _times(before, after))
+        for key, (before, after) in found["storage"].items()
+    ]
+    parts["compute"] = [
+        Fact(key.replace("_", " "), f"{_shown(before)}x", f"{_shown(after)}x")
+        for key, (before, after) in found["compute"].items()
+    ]
+    parts["engine"] = _plain(found["engine"])
+    return parts
+
+
+def alike(entries: Mapping[str, Any]) -> list[Alike]:
+    """The entries of a list that changed, those that changed alike together."""
+    groups: dict[tuple[Fact, ...], list[str]] = {}
+    for name, pairs in entries["changed"].items():
+        groups.setdefault(tuple(_plain(pairs)), []).append(name)
+    return [Alike(names, list(changed)) for changed, names in groups.items()]
+
+
 def comparison_lines(found: Mapping[str, Any]) -> list[str]:
     """A comparison in words; layers that changed alike are said once."""
     if is_same(found):
         return ["nothing changed but times"]
-    lines = [*_plain("run", found["run"])]
+    parts = facts(found)
+    lines = [*_lines("run, ", parts["run"])]
     for kind in ("layers", "attentions", "taps"):
         lines += _changed_entries(kind, found[kind])
-    lines += [
-        f"top-1 {stage}: {_percent(before)} -> {_percent(after)}" + _points(before, after)
-        for stage, (before, after) in found["accuracy"].items()
-    ]
+    lines += _lines("top-1 ", parts["accuracy"])
     for part in ("metrics", "finetune", "verify"):
-        lines += _plain(part, found[part])
-    lines += [
-        f"{key.replace('_', ' ')}: {_shown(before)} -> {_shown(after)}{_times(before, after)}"
-        for key, (before, after) in found["storage"].items()
-    ]
-    lines += [
-        f"compute, {key.replace('_', ' ')}: {_shown(before)}x -> {_shown(after)}x fewer"
-        for key, (before, after) in found["compute"].items()
-    ]
-    lines += _plain("engine", found["engine"])
+        lines += _lines(f"{part}, ", parts[part])
+    lines += _lines("", parts["storage"])
+    lines += [f"{line} fewer" for line in _lines("compute, ", parts["compute"])]
+    lines += _lines("engine, ", parts["engine"])
     lines += [f"no longer missed: {text}" for text in found["remarks"]["only_first"]]
     lines += [f"newly missed: {text}" for text in found["remarks"]["only_second"]]
     return lines
 
 
-def _plain(title: str, pairs: Mapping[str, Any]) -> Iterator[str]:
-    for key, (before, after) in pairs.items():
-        yield f"{title}, {key}: {_shown(before)} -> {_shown(after)}"
+def _plain(pairs: Mapping[str, Any]) -> list[Fact]:
+    return [Fact(key, _shown(before), _shown(after)) for key, (before, after) in pairs.items()]
+
+
+def _lines(title: str, changed: Iterable[Fact]) -> Iterator[str]:
+    for fact in changed:
+        more = fact.change and f" ({fact.change})"
+        yield f"{title}{fact.what}: {fact.before} -> {fact.after}{more}"
 
 
 def _changed_entries(kind: str, entries: Mapping[str, Any]) -> Iterator[str]:
     for side, words in (("only_first", "only in the first"), ("only_second", "only in the second")):
         if names := entries[side]:
             yield f"{kind} {words}: {len(names)}: {listed(names)}"
-    alike: dict[str, list[str]] = {}
-    for name, pairs in entries["changed"].items():
-        text = "; ".join(f"{k}: {_shown(a)} -> {_shown(b)}" for k, (a, b) in pairs.items())
-        alike.setdefault(text, []).append(name)
-    count = sum(len(names) for names in alike.values())
-    if count:
-        yield f"{kind} treated otherwise: {count}"
-    for text, names in alike.items():
-        yield f"  {f'{len(names)}: ' if len(names) > 1 else ''}{listed(names)}: {text}"
+    if entries["changed"]:
+        yield f"{kind} treated otherwise: {len(entries['changed'])}"
+    for group in alike(entries):
+        count = f"{len(group.names)}: " if len(group.names) > 1 else ""
+        yield f"  {count}{listed(group.names)}: {'; '.join(_lines('', group.facts))}"
 
 
 def _shown(value: Any) -> str:
@@ -237,9 +280,9 @@ def _percent(value: float | None) -> str:
 def _points(before: float | None, after: float | None) -> str:
     if before is None or after is None:
         return ""
-    return f" ({100 * (after - before):+.2f} points)"
+    return f"{100 * (after - before):+.2f} points"
 
 
 def _times(before: Any, after: Any) -> str:
     numbers = isinstance(before, int) and isinstance(after, int) and before and after
-    return f" ({after / before:.2f}x)" if numbers else ""
+    return f"{after / before:.2f}x" if numbers else ""

@@ -25,6 +25,7 @@ from gpusq_compile.report import page_figures as figures
 from gpusq_compile.report.compute_view import PAPER
 from gpusq_compile.report.log_view import log_lines
 from gpusq_compile.report.page_layers import layer_details, layer_rows
+from gpusq_compile.report.page_maps import map_gallery
 from gpusq_compile.report.page_summary import (
     accuracy_rows,
     chain_rows,
@@ -41,29 +42,38 @@ TEMPLATES = files("gpusq_compile.report") / "templates"
 
 
 def write_page(path: Path, report: Mapping[str, Any], evidence: Mapping[str, Any] | None) -> None:
-    """Write the page under a temporary name and rename it.
+    """Write the page of a run.
 
     Args:
         report: the content of report.json, with or without what logs say.
         evidence: the content of evidence.json, None where there is none.
     """
+    write_whole(path, page(report, evidence))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file under a temporary name and rename it, so that it is there whole or not at all.
+
+    Raises:
+        OSError: it cannot be written; nothing is left behind.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page(report, evidence), encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def page(report: Mapping[str, Any], evidence: Mapping[str, Any] | None) -> str:
     """The page as one HTML document."""
-    script = template_text("page.js")
     rows = layer_rows(report, evidence)
-    strip = figures.error_strip(report, evidence)
     context = {
         "report": report,
+        "tool": report["tool"],
         "evidence": evidence,
         "name": short_name(report["model"]),
-        "policy": policy(script),
-        "style": Markup(template_text("page.css")),
-        "script": Markup(script),
         "headline": headline(report),
         "tiles": tiles(report),
         "missed": missed_groups(report),
@@ -71,7 +81,8 @@ def page(report: Mapping[str, Any], evidence: Mapping[str, Any] | None) -> str:
         "rows": rows,
         "roles": Counter(row["role"] for row in rows),
         "states": Counter(row["state"] for row in rows),
-        "strip": strip,
+        "strip": figures.error_strip(report, evidence),
+        "looked_at": figures.looked_at(evidence),
         "losses": figures.losses(report, evidence),
         "tap_weights": figures.tap_weights(report),
         "storage": figures.storage_bars(report),
@@ -79,16 +90,30 @@ def page(report: Mapping[str, Any], evidence: Mapping[str, Any] | None) -> str:
         "paper_compute": PAPER,
         "crops": figures.crops(evidence),
         "histograms": figures.histograms(report, evidence),
-        "maps": figures.map_gallery(evidence),
-        "compressed": figures.compressed_name(report),
+        "maps": map_gallery(report, evidence),
         "targets": engine_targets(report),
         "chain": chain_rows(report),
         "logs": log_lines(dict(report)),
         "passes": pass_rows(report),
         "looked": sum((evidence or {}).get("seconds", {}).values()),
-        "data": embedded({"layers": layer_details(report, evidence), "strip": data_of(strip)}),
     }
-    return environment().get_template("page.html").render(context)
+    return render("page.html", context, layer_details(report, evidence))
+
+
+def render(template: str, context: Mapping[str, Any], layers: list[dict[str, Any]]) -> str:
+    """A page with its script, style and data: what unfolds behind layers, and the strip."""
+    script = template_text("page.js")
+    return (
+        environment()
+        .get_template(template)
+        .render(
+            **context,
+            policy=policy(script),
+            style=Markup(template_text("page.css")),
+            script=Markup(script),
+            data=embedded({"layers": layers, "strip": data_of(context["strip"])}),
+        )
+    )
 
 
 def data_of(strip: dict[str, Any] | None) -> dict[str, Any] | None:

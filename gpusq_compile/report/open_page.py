@@ -1,4 +1,4 @@
-"""`gpusq-report DIR --open`: the page of a finished run in a browser."""
+"""`gpusq-report DIR --open` and `--page FILE`: the page of a finished run, or of two beside."""
 
 from __future__ import annotations
 
@@ -12,33 +12,58 @@ import click
 from jinja2 import UndefinedError
 
 from gpusq_compile.errors import InputError
-from gpusq_compile.report.html import PAGE, write_page
+from gpusq_compile.report.beside import Run, beside_page
+from gpusq_compile.report.html import PAGE, page, write_whole
+
+Report = Mapping[str, Any]
 
 EVIDENCE = "evidence.json"
 PAGE_WITH_LOGS = "report-with-logs.html"
 """The page of a report to which logs were added; the run's own is what the manifest lists."""
 
 
-def open_page(folder: Path, report: Mapping[str, Any]) -> Path:
-    """Open the run's page, made from `report` where it is missing or logs were added to it.
+def make_page(
+    first: tuple[Path, Report], second: tuple[Path, Report] | None = None, file: Path | None = None
+) -> Path:
+    """Write the page of a run, or of two beside each other, and say where it stands.
+
+    Args:
+        first, second: the output folder of each run, and its report.
+        file: where to write; None stands for a name beside the first report. There the page that
+            the run itself wrote is left as it is, unless logs were added to its report.
 
     Raises:
-        InputError: it cannot be written, or there is no browser.
-        ValueError: the report is not as this version writes it.
+        InputError: the page cannot be written.
+        ValueError, LookupError, TypeError, AttributeError: a report is not as this version writes.
     """
-    path = (folder / (PAGE_WITH_LOGS if report.get("engine_logs") else PAGE)).resolve()
-    if report.get("engine_logs") or not path.is_file():
-        try:
-            write_page(path, report, read_evidence(folder))
-        except OSError as error:
-            raise InputError(
-                "page-not-writable", f"cannot write {path}: {error.strerror}"
-            ) from None
-        except UndefinedError as error:
-            raise ValueError(str(error)) from None
+    folder, report = first
+    logs = bool(report.get("engine_logs"))
+    name = PAGE_WITH_LOGS if logs else PAGE
+    if second is not None:
+        name = f"report-beside-{second[0].resolve().name}.html"
+    path = (file or folder / name).resolve()
+    if file is None and second is None and not logs and path.is_file():
+        return path
+    runs = [Run(*run, read_evidence(run[0])) for run in (first, second) if run]
+    try:
+        text = beside_page(*runs) if len(runs) > 1 else page(report, runs[0].evidence)
+    except UndefinedError as error:
+        raise ValueError(str(error)) from None
+    try:
+        write_whole(path, text)
+    except OSError as error:
+        raise InputError("page-not-writable", f"cannot write {path}: {error.strerror}") from None
+    return path
+
+
+def show_page(path: Path) -> None:
+    """Open a page in a browser.
+
+    Raises:
+        InputError: there is none.
+    """
     if not webbrowser.open(path.as_uri()):
         raise InputError("no-browser", f"no browser was found to open {path}")
-    return path
 
 
 def read_evidence(folder: Path) -> dict[str, Any] | None:

@@ -1,15 +1,12 @@
-"""The page's figures: losses, errors over depth, storage, masks, histograms, activation maps."""
+"""The page's figures: losses, errors over depth, storage, masks, histograms."""
 
 from __future__ import annotations
 
-import base64
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 from gpusq_compile.report import svg
-from gpusq_compile.report.png import GRAY, INDEXED, RGB, as_address, png
 from gpusq_compile.report.terminal import in_bytes
 
 PARTS = (
@@ -30,8 +27,13 @@ ERRORS = (
 )
 DB_LIMITS = (6.0, 12.0, 20.0, 30.0, 40.0)
 MOST_HISTOGRAMS = 8
-HEAT = ((0, (0, 0, 4)), (0.3, (87, 16, 110)), (0.55, (188, 55, 84)), (0.8, (249, 142, 9)))
-HOTTEST = (252, 255, 164)
+SOURCES = {
+    "eval_data": "evaluation images",
+    "calibration_data": "calibration images",
+    "train_data": "training images",
+    "noise": "samples of generated noise",
+    "example_inputs": "example inputs",
+}
 
 
 def losses(report: Mapping[str, Any], evidence: Mapping[str, Any] | None) -> list[dict[str, Any]]:
@@ -82,18 +84,29 @@ def error_strip(
     report: Mapping[str, Any], evidence: Mapping[str, Any] | None
 ) -> dict[str, Any] | None:
     """A row of cells per kind of error over the depth; None where nothing was measured."""
-    if not evidence or not evidence["layers"]:
-        return None
     names = [layer["name"] for layer in report["layers"]]
-    values = {
-        key: [evidence["layers"].get(name, {}).get(key) for name in names] for key, _, _ in ERRORS
-    }
-    shown = [entry for entry in ERRORS if any(v is not None for v in values[entry[0]])]
+    rows = [(label, hint, errors_of(evidence, key, names)) for key, label, hint in ERRORS]
+    return depth_strip(names, rows)
+
+
+def errors_of(
+    evidence: Mapping[str, Any] | None, key: str, names: Sequence[str]
+) -> list[float | None]:
+    """One kind of error in dB by layer, None where it was not measured."""
+    seen = evidence["layers"] if evidence else {}
+    return [seen.get(name, {}).get(key) for name in names]
+
+
+def depth_strip(
+    names: Sequence[str], rows: Sequence[tuple[str, str, list[float | None]]]
+) -> dict[str, Any] | None:
+    """Cells by layer for each row of label, hint and values in dB; None where there are none."""
+    shown = [row for row in rows if any(value is not None for value in row[2])]
     if not shown:
         return None
     return {
-        "rows": [{"label": label, "hint": hint} for _, label, hint in shown],
-        "svg": svg.strip([[level(v) for v in values[key]] for key, _, _ in shown]),
+        "rows": [{"label": label, "hint": hint} for label, hint, _ in shown],
+        "svg": svg.strip([[level(value) for value in values] for _, _, values in shown]),
         "first": names[0],
         "last": names[-1],
         "legend": [
@@ -107,11 +120,18 @@ def error_strip(
             )
         ],
         "data": {
-            "names": names,
-            "labels": [label for _, label, _ in shown],
-            "values": [values[key] for key, _, _ in shown],
+            "names": list(names),
+            "labels": [label for label, _, _ in shown],
+            "values": [values for _, _, values in shown],
         },
     }
+
+
+def looked_at(evidence: Mapping[str, Any] | None) -> str | None:
+    """How many images of which data: `3 evaluation images`; None where there were none."""
+    if not evidence or not evidence["images"]:
+        return None
+    return f"{evidence['images']} {SOURCES[evidence['source']]}"
 
 
 def level(value: float | None) -> int | None:
@@ -212,62 +232,3 @@ def one_histogram(label: str, counts: Sequence[int]) -> dict[str, Any]:
         "zeros": counts[end] / total,
         "clipped": (counts[0] + counts[-1]) / total,
     }
-
-
-def compressed_name(report: Mapping[str, Any]) -> str:
-    """What the compressed model is called beside the dense one: INT8, INT4, sparse."""
-    types = Counter(
-        layer["applied"]["activation"] or layer["applied"]["weight"]
-        for layer in report["layers"]
-        if any(layer["applied"].values())
-    )
-    first = types.most_common(1)[0][0] if types else None
-    return str(first).upper() if first else "sparse"
-
-
-def map_gallery(evidence: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """Each image with its maps as indexed PNGs, to lie over it."""
-    found = []
-    for image in (evidence or {}).get("maps", []):
-        kind = GRAY if image["channels"] == 1 else RGB
-        pixels = base64.b64decode(image["pixels"])
-        correlations = [pair["correlation"] for pair in image["maps"] if pair]
-        found.append(
-            {
-                **image,
-                "small": max(image["height"], image["width"]) < 64,
-                "address": as_address(png(pixels, image["width"], image["height"], kind)),
-                "maps": [pair and heat_pair(pair) for pair in image["maps"]],
-                "known": any(c is not None for c in correlations),
-            }
-        )
-    return found
-
-
-def heat_pair(pair: Mapping[str, Any]) -> dict[str, Any]:
-    sizes = pair["width"], pair["height"]
-    return {
-        "method": "Grad-CAM" if pair["method"] == "grad-cam" else "mean activation",
-        "correlation": pair["correlation"],
-        "dense": heat(base64.b64decode(pair["dense"]), *sizes),
-        "compressed": heat(base64.b64decode(pair["compressed"]), *sizes),
-    }
-
-
-def heat(levels: bytes, width: int, height: int) -> str:
-    """A map as a picture: from transparent over purple and red to yellow."""
-    steps = bytes(value >> 3 for value in levels)
-    return as_address(png(steps, width, height, INDEXED, PALETTE))
-
-
-def color(share: float) -> tuple[int, int, int, int]:
-    stops = [*HEAT, (1.0, HOTTEST)]
-    for (low, one), (high, other) in pairwise(stops):
-        if share <= high:
-            part = (share - low) / (high - low)
-            red, green, blue = (round(a + (b - a) * part) for a, b in zip(one, other, strict=True))
-            return red, green, blue, round(70 + 135 * min(1.0, 1.2 * share))
-    return (*HOTTEST, 205)
-
-
-PALETTE = [color(index / 31) for index in range(32)]
