@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gpusq_compile.codes import FOLDER, KINDS, WAY_OUT, Page, page, pages, reference_text, shown
+from gpusq_compile.codes import ADVICE, FOLDER, KINDS, Page, page, pages, reference_text, shown
 from gpusq_compile.codes.__main__ import REFERENCE_PATH
 from gpusq_compile.errors import InputError
 from gpusq_compile.language.problems import CODES
@@ -68,8 +68,8 @@ def test_a_page_says_what_the_code_is_with_an_example_and_the_way_out(code: str)
     assert found.kinds == tuple(sorted(kinds_of(USES)[code]))
     meaning, *_, way_out = found.text.split("\n\n")
     assert re.match(r"[A-Z`]", meaning)
-    assert way_out.startswith(WAY_OUT)
-    assert len(way_out) > len(WAY_OUT) + 6
+    assert way_out.startswith(ADVICE)
+    assert len(way_out) > len(ADVICE) + 6
     examples = re.findall(r"^    \S.*$", found.text, flags=re.MULTILINE)
     assert examples, "no line is indented by four spaces"
     errors = {"input error", "check failed", "internal error"}

@@ -175,7 +175,9 @@ class TestFaults:
             (lambda c: c.pop("categories"), "has no categories"),
             (lambda c: c["annotations"].clear(), "has no annotations"),
             (lambda c: c["annotations"][0].update(category_id=4), "category_id 4"),
-            (lambda c: c["annotations"][0].pop("bbox"), "annotation 1 without a bbox"),
+            (lambda c: c["annotations"][0].pop("bbox"), "annotation 1 with the bbox None"),
+            (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), "with the bbox [1, 2, 3]"),
+            (lambda c: c["annotations"][0].update(bbox=[1, "x", 3, 4]), "[1, 'x', 3, 4]"),
             (lambda c: c["annotations"][0].update(image_id=77), "image_id 77"),
         ],
     )
@@ -191,6 +193,29 @@ class TestFaults:
         error = refused(folder, model_for("segmentation"))
         assert error.code == "no-outlines"
         assert "annotation 1 has a box" in error.message
+
+    @pytest.mark.parametrize("outline", [[[1, 2]], [["x", 1, 2, 3, 4, 5]], {"counts": 3}])
+    def test_an_outline_that_cannot_be_read_is_named(self, outline: Any, tmp_path: Path) -> None:
+        folder = edited(tmp_path, lambda c: c["annotations"][0].update(segmentation=outline))
+        error = refused(folder, model_for("segmentation"))
+        assert error.code == "data-not-coco"
+        assert "annotation 1 has a segmentation that cannot be read" in error.message
+
+    def test_a_category_that_only_the_evaluation_has_is_named(self, tmp_path: Path) -> None:
+        def rename(content: dict[str, Any]) -> None:
+            content["categories"][0]["name"] += "s"
+
+        make_coco(tmp_path, ("train", "val"))
+        known = json.loads((tmp_path / "annotations/instances_train.json").read_text())
+        name = known["categories"][0]["name"]
+        path = tmp_path / "annotations/instances_val.json"
+        content = json.loads(path.read_text())
+        rename(content)
+        path.write_text(json.dumps(content))
+        error = refused(tmp_path)
+        assert error.code == "unknown-class"
+        assert f"the evaluation's category '{name}s'" in error.message
+        assert error.hint == f"did you mean '{name}'?"
 
 
 class TestLosses:

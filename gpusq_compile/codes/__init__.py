@@ -28,7 +28,7 @@ from types import MappingProxyType
 from gpusq_compile.errors import InputError, nearest
 
 FOLDER = Path(__file__).parent
-WAY_OUT = "What to do: "
+ADVICE = "What to do: "
 
 KINDS = MappingProxyType(
     {

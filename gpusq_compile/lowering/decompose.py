@@ -46,14 +46,24 @@ def untranslatable(graph: torch.fx.Graph) -> torch.fx.Node | None:
     """
     seen: set[object] = set()
     for node in graph.nodes:
-        if node.op != "call_function" or node.target in seen or is_translated(node.target):
+        if node.op != "call_function" or is_translated(node.target) or _call(node) in seen:
             continue
-        seen.add(node.target)
+        seen.add(_call(node))
         parts = decomposition(node)
         if parts is not None and not all(is_translated(part.target) for part in parts.nodes):
             found: torch.fx.Node = node
             return found
     return None
+
+
+def _call(node: torch.fx.Node) -> tuple[object, str]:
+    """What a decomposition may depend on: the operator, types and axes of tensors, all the rest."""
+
+    def kind(source: torch.fx.Node) -> str:
+        value = source.meta["val"]
+        return f"{value.dtype}[{value.ndim}]" if isinstance(value, torch.Tensor) else "size"
+
+    return node.target, str(map_arg((node.args, node.kwargs), kind))
 
 
 def decomposition(node: torch.fx.Node) -> torch.fx.Graph | None:

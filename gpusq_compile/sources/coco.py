@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -123,8 +125,9 @@ def _open(annotations: Path, images: Path) -> Any:
                 found = f"annotation {annotation.get('id')} of {key} {annotation.get(key)}"
                 raise _not_coco(shown, f"has {found}, which is not there")
         box = annotation.get("bbox")
-        if not isinstance(box, list) or len(box) != 4:
-            raise _not_coco(shown, f"has annotation {annotation.get('id')} without a bbox")
+        if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+            found = f"annotation {annotation.get('id')} with the bbox {reprlib.repr(box)}"
+            raise _not_coco(shown, f"has {found}, which is not [x, y, width, height]")
     for image in api.imgs.values():
         if not (images / image.get("file_name", "")).is_file():
             raise InputError(
@@ -133,6 +136,10 @@ def _open(annotations: Path, images: Path) -> Any:
                 f"{shown} names",
             )
     return dataset
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _not_coco(shown: str, found: str) -> InputError:
