@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -271,6 +272,8 @@ def list_passes() -> None:
 
 def main() -> None:
     """Console entry point: errors become a message and an exit code, never a traceback."""
+    # PyTorch 2.11 warns of itself when a graph is copied.
+    warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
     try:
         with ended_by_signals():
             command(prog_name="gpusq-compile", standalone_mode=False)
@@ -285,8 +288,8 @@ def main() -> None:
     except GpusqError as error:
         fail(error)
     except (KeyboardInterrupt, click.Abort) as interrupt:
-        # click makes an Abort of every KeyboardInterrupt.
-        cause = interrupt.__cause__ or interrupt
+        # click makes an Abort of every KeyboardInterrupt, its first versions without a cause.
+        cause = interrupt.__cause__ or interrupt.__context__ or interrupt
         click.echo(
             "interrupted: nothing half-written is left; run the same command again to start over, "
             "or with --resume to go on from its last checkpoint",

@@ -154,6 +154,21 @@ def test_two_that_share_their_scales_are_both_converted_to_fp16() -> None:
     assert len({node.input[2] for node in resizes}) == 2
 
 
+def test_zeros_of_a_shape_become_half_where_no_value_is_said() -> None:
+    nodes = [
+        helper.make_node("Shape", ["x"], ["sizes"]),
+        helper.make_node("ConstantOfShape", ["sizes"], ["zeros"], name="zeros"),
+        helper.make_node("Add", ["x", "zeros"], ["y"]),
+    ]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 3]) for name in "xy"]
+    known = [helper.make_tensor_value_info("zeros", TensorProto.FLOAT, None)]
+    graph = helper.make_graph(nodes, "zeros", ends[:1], ends[1:], value_info=known)
+    half = to_half(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)]))
+    onnx.checker.check_model(half, full_check=True)
+    (fill,) = [node for node in half.graph.node if node.op_type == "ConstantOfShape"]
+    assert fill.attribute[0].t.data_type == TensorProto.FLOAT16
+
+
 def test_operators_without_fp16_are_known_from_the_standard() -> None:
     found = float32_only({"NonMaxSuppression", "MatMul", "Resize", "Gather", "NoSuchOperator"})
     assert found == ["NonMaxSuppression"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
@@ -17,6 +18,7 @@ def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
     (masking constants) are clamped to it.
     """
     own_scales(model)
+    name_zeros(model)
     half = convert_float_to_float16(
         model,
         keep_io_types=True,
@@ -45,6 +47,17 @@ def own_scales(model: onnx.ModelProto) -> None:
             copy = model.graph.initializer.add()
             copy.CopyFrom(scales)
             copy.name = node.input[2] = f"{scales.name}_resize_{index}"
+
+
+def name_zeros(model: onnx.ModelProto) -> None:
+    """Give each ConstantOfShape its value, which is a float32 zero where nothing is said.
+
+    The conversion turns values that are there to half, and takes all of its outputs for half.
+    """
+    for node in model.graph.node:
+        if node.op_type == "ConstantOfShape" and not node.attribute:
+            zero = onnx.numpy_helper.from_array(np.zeros(1, dtype=np.float32))
+            node.attribute.append(onnx.helper.make_attribute("value", zero))
 
 
 def float32_only(operators: set[str]) -> list[str]:

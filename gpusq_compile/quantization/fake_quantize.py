@@ -168,6 +168,9 @@ class _LearnedStepQuantize(torch.autograd.Function):
         level_ends: tuple[float, float],
     ) -> torch.Tensor:
         output = _on_grid(_wide(value), broadcastable(scale, value), grid).to(value.dtype)
+        if torch.compiler.is_compiling():
+            # PyTorch 2.11 gives the gradient of an output to a temporary in the same memory.
+            output = output.clone()
         ctx.save_for_backward(value, output, scale)
         ctx.grid, ctx.level_ends = grid, level_ends
         return output
