@@ -92,6 +92,7 @@ def command(folder: Path | None, logs: tuple[Path, ...], form: str, **options: A
         return
     if folder is None:
         raise click.UsageError("Missing argument 'FOLDER'.")
+    check_together(form, options)
     gates = Gates(options["max_drop"], options["strict"], options["require_sparse"])
     report = add_logs(read_report(folder), folder, logs)
     try:
@@ -110,6 +111,29 @@ def command(folder: Path | None, logs: tuple[Path, ...], form: str, **options: A
         if form == "github":
             write_out("\n".join(error_annotations(failed)) + "\n", sys.stdout)
         raise
+
+
+def check_together(form: str, options: dict[str, Any]) -> None:
+    """Refuse what would be left undone of two things that were asked for at once.
+
+    Raises:
+        click.UsageError: naming both.
+    """
+    asks = bool(options["why"] or options["remarks"] or options["timing"])
+    if (options["opens"] or options["file"]) and (form != "text" or asks):
+        raise click.UsageError(
+            "--open and --page are of the whole run: they go with none of --format, --why, "
+            "--remarks and --timing."
+        )
+    if options["other"] and asks:
+        raise click.UsageError(
+            "--diff compares whole runs: it goes with none of --why, --remarks and --timing."
+        )
+    if form == "github" and (options["other"] or asks):
+        raise click.UsageError(
+            "--format github is of one whole run: it goes with none of --diff, --why, --remarks "
+            "and --timing."
+        )
 
 
 def answer(report: dict[str, Any], folder: Path, form: str, options: dict[str, Any]) -> str:
@@ -146,11 +170,6 @@ def show_whole(report: dict[str, Any], console: rich.console.Console) -> None:
 
 def paged(report: dict[str, Any], folder: Path, form: str, options: dict[str, Any]) -> str:
     """Where the page stands that was asked for; it is opened if that was asked for too."""
-    if form != "text" or options["why"] or options["remarks"] or options["timing"]:
-        raise click.UsageError(
-            "--open and --page are of the whole run: they go with none of --format, --why, "
-            "--remarks and --timing."
-        )
     from gpusq_compile.report.open_page import make_page, show_page
 
     second, other = None, options["other"]
@@ -169,6 +188,7 @@ def check_whole(*runs: tuple[Path, dict[str, Any]]) -> None:
     for path, report in runs:
         try:
             compare(report, report)
+            show_whole(report, rich.console.Console(quiet=True))
         except DAMAGE as error:
             raise damaged(path, error) from None
 

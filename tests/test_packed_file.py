@@ -333,6 +333,12 @@ def test_the_report_has_the_ratios_from_the_bytes_that_were_written(
     assert storage["paper_gemm_ratio"] == paper
 
 
+def test_whoever_may_read_the_model_may_read_the_weights(cases: Callable[[str], Case]) -> None:
+    folder = cases("portable int4").folder
+    modes = {name: (folder / name).stat().st_mode for name in (WEIGHTS, "model.onnx")}
+    assert modes[WEIGHTS] == modes["model.onnx"]
+
+
 def test_the_terminal_shows_the_ratios_beside_the_papers(cases: Callable[[str], Case]) -> None:
     [line] = packed_lines(cases("portable int4").result.report["storage"])
     assert line.startswith("packed: weights.safetensors ")

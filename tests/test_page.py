@@ -16,7 +16,7 @@ import pytest
 
 from gpusq_compile.report import png, svg
 from gpusq_compile.report.evidence import Evidence
-from gpusq_compile.report.html import page
+from gpusq_compile.report.html import run_page
 from gpusq_compile.report.page_layers import packed_histogram, treatment, why
 from gpusq_compile.report.page_summary import headline, missed_groups
 from tests.pages import NOTHING, make_layer, make_pass, make_remark, make_report, many
@@ -79,7 +79,7 @@ def hostile() -> str:
     report["finetune"]["quantize"]["tap_weights"] = {HOSTILE: 1.0}
     evidence = Evidence(no_maps=HOSTILE, faults=[HOSTILE]).as_dict()
     evidence["layers"] = {layer["name"]: {"output_db": 3.0}}
-    return page(report, evidence)
+    return run_page(report, evidence)
 
 
 def test_no_text_of_the_users_becomes_an_element(hostile: str) -> None:
@@ -111,7 +111,7 @@ def test_the_policy_allows_the_one_script_and_no_connection(hostile: str) -> Non
 
 def test_each_row_says_the_reason() -> None:
     report = make_report([make_layer("fc1"), make_layer("fc2", refused="30 columns")])
-    text = Elements(page(report, None)).text
+    text = Elements(run_page(report, None)).text
     assert "sparse INT8 kernels take 2:4" in text
     assert "30 columns" in text
     chain = {"causes": ["shape"], "reason": "too narrow"}
@@ -119,7 +119,7 @@ def test_each_row_says_the_reason() -> None:
 
 
 def test_what_is_not_there_is_said() -> None:
-    text = Elements(page(make_report([make_layer("fc")]), None)).text
+    text = Elements(run_page(make_report([make_layer("fc")]), None)).text
     for said in (
         "Accuracy was not measured",
         "Nothing was measured",
@@ -133,13 +133,13 @@ def test_what_is_not_there_is_said() -> None:
 
 def test_a_run_that_failed_before_there_was_a_graph_has_a_page() -> None:
     error = {"code": "loss-not-finite", "message": "the loss became nan at step 3"}
-    text = Elements(page(make_report([], status="failed", error=error), None)).text
+    text = Elements(run_page(make_report([], status="failed", error=error), None)).text
     assert "the loss became nan at step 3" in text
     assert "failed" in text
 
 
 def test_a_thousand_layers_stay_small() -> None:
-    text = page(*many(1000))
+    text = run_page(*many(1000))
     assert len(text) < 2_000_000
     assert len(embedded(text)["layers"]) == 1000
     rows = [a for tag, a in Elements(text).tags if tag == "tr" and "data-index" in a]
@@ -154,7 +154,7 @@ def test_losses_are_drawn_as_they_add_up() -> None:
     phase = {"steps": 3, "seconds": 1.0, "images": 24, "stopped_by": "budget", "loss": curve}
     report = make_report([make_layer("fc")], finetune={"sparse": phase})
     evidence = Evidence(loss_weights={"alpha": 1.0, "beta": 10.0, "gamma": 5.0}).as_dict()
-    found = Elements(page(report, evidence))
+    found = Elements(run_page(report, evidence))
     chart = next(a for _, a in found.tags if a.get("data-points"))
     points = json.loads(str(chart["data-points"]))
     assert points["x"] == [1, 2, 3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -180,6 +181,28 @@ def test_a_page_answers_no_question(runs: Path, tmp_path: Path, report: Any) -> 
     assert done.code == 2
     assert "error[usage]: --open and --page are of the whole run" in done.err
     assert not (tmp_path / "one.html").exists()
+
+
+def test_two_things_of_which_one_would_be_left_undone_are_refused(runs: Path, report: Any) -> None:
+    eight, four = runs / "eight", runs / "four"
+    for extra in (("--why", "head"), ("--remarks", "missed"), ("--timing",)):
+        done = report(eight, "--diff", four, *extra)
+        assert (done.code, done.out) == (2, "")
+        assert "error[usage]: --diff compares whole runs" in done.err
+        done = report(eight, "--format", "github", *extra)
+        assert (done.code, done.out) == (2, "")
+        assert "error[usage]: --format github is of one whole run" in done.err
+    assert report(eight, "--diff", four, "--format", "github").code == 2
+
+
+def test_of_two_runs_the_damaged_one_is_named(runs: Path, tmp_path: Path, report: Any) -> None:
+    content = json.loads((runs / "four/report.json").read_text())
+    for number, layer in enumerate(content["layers"]):
+        layer["name"] = number
+    (tmp_path / "report.json").write_text(json.dumps(content))
+    done = report(runs / "eight", "--diff", tmp_path)
+    assert done.code == 2
+    assert f"error[report-damaged]: {tmp_path / 'report.json'}" in done.err
 
 
 def test_a_damaged_run_is_named(runs: Path, tmp_path: Path, report: Any) -> None:

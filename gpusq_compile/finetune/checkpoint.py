@@ -117,7 +117,11 @@ class Checkpoints:
 
 def save_tensors(tensors: Tensors, path: Path) -> None:
     """Write a safetensors file. Tied parameters share their memory, which the format refuses."""
+    path.touch()
+    mode = path.stat().st_mode
     save_file({n: t.detach().cpu().clone().contiguous() for n, t in tensors.items()}, path)
+    # The library takes the right to read from everybody else.
+    path.chmod(mode)
 
 
 def damaged(path: Path, reason: str) -> InputError:

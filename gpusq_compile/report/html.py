@@ -48,7 +48,7 @@ def write_page(path: Path, report: Mapping[str, Any], evidence: Mapping[str, Any
         report: the content of report.json, with or without what logs say.
         evidence: the content of evidence.json, None where there is none.
     """
-    write_whole(path, page(report, evidence))
+    write_whole(path, run_page(report, evidence))
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -66,7 +66,7 @@ def write_whole(path: Path, text: str) -> None:
         raise
 
 
-def page(report: Mapping[str, Any], evidence: Mapping[str, Any] | None) -> str:
+def run_page(report: Mapping[str, Any], evidence: Mapping[str, Any] | None) -> str:
     """The page as one HTML document."""
     rows = layer_rows(report, evidence)
     context = {

@@ -13,7 +13,7 @@ from jinja2 import UndefinedError
 
 from gpusq_compile.errors import InputError
 from gpusq_compile.report.beside import Run, beside_page
-from gpusq_compile.report.html import PAGE, page, write_whole
+from gpusq_compile.report.html import PAGE, run_page, write_whole
 
 Report = Mapping[str, Any]
 
@@ -46,7 +46,7 @@ def make_page(
         return path
     runs = [Run(*run, read_evidence(run[0])) for run in (first, second) if run]
     try:
-        text = beside_page(*runs) if len(runs) > 1 else page(report, runs[0].evidence)
+        text = beside_page(*runs) if len(runs) > 1 else run_page(report, runs[0].evidence)
     except UndefinedError as error:
         raise ValueError(str(error)) from None
     try:

@@ -101,6 +101,10 @@ def size_tiles(report: Mapping[str, Any]) -> list[dict[str, str]]:
         if storage.get("packed_gemm_ratio"):
             below += f"; GEMMs {storage['packed_gemm_ratio']:.2f}×"
         found.append(tile("Packed weights", in_bytes(storage["packed_bytes"]), below))
+    if report["error"]:
+        # What fails a check or a gate leaves its report alone.
+        for entry in found:
+            entry["below"] += f"; not written: {report['error']['code']}"
     return found
 
 

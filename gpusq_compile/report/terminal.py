@@ -271,7 +271,10 @@ def size_lines(report: dict[str, Any]) -> list[str]:
         line += f", {against_fp32(storage['model_ratio'])}"
     if storage["gemm_ratio"]:
         line += f"; compressed GEMMs {storage['gemm_ratio']:.2f}x"
-    return [line, *packed_lines(storage)]
+    lines = [line, *packed_lines(storage)]
+    if report["error"]:
+        lines.append(f"neither file was written: {report['error']['code']}")
+    return lines
 
 
 def against_fp32(ratio: float) -> str:
