@@ -183,7 +183,7 @@ def onnx_change(compilation: Compilation, step: Pass) -> float:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise InternalError("onnx-invalid", f"pass '{step.name}' left: {error}") from error
-    session = open_session(model.SerializeToString())
+    session = open_session(model.SerializeToString(), runs=1)
     return change_to(compilation, run_session(session, tensor_leaves(compilation.probe)))
 
 

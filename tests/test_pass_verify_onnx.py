@@ -10,13 +10,20 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import numpy_helper
 from torch import Tensor
 
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.errors import CheckFailed
 from gpusq_compile.language.schema import Verify
-from gpusq_compile.lowering.runtime import Expected, Numerics, compare
+from gpusq_compile.lowering.runtime import (
+    Expected,
+    Numerics,
+    SessionModule,
+    compare,
+    open_session,
+    run_session,
+)
 from gpusq_compile.passes.verify_onnx import near_ties
 from gpusq_compile.remarks import Kind
 from tests.compilations import begin, fork, remarks_of, run_until
@@ -127,17 +134,6 @@ def test_a_file_with_a_broken_layer_fails_by_the_layers_name(ready: Compilation)
 # --- the comparison ------------------------------------------------------------------------------
 
 
-def identity(count: int = 1) -> onnxruntime.InferenceSession:
-    """A model that returns each of its inputs, of any shape."""
-    names = [f"x{index}" for index in range(count)]
-    nodes = [helper.make_node("Identity", [name], [f"y{name}"]) for name in names]
-    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
-    results = [helper.make_tensor_value_info(f"y{n}", TensorProto.FLOAT, None) for n in names]
-    graph = helper.make_graph(nodes, "identity", values, results)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    return onnxruntime.InferenceSession(model.SerializeToString())
-
-
 def first(outputs: list[Tensor]) -> Tensor:
     return outputs[0]
 
@@ -145,8 +141,7 @@ def first(outputs: list[Tensor]) -> Tensor:
 def compared(*pairs: tuple[Tensor, Tensor], logits: bool = False) -> Numerics:
     """(found, reference) of each output, in one batch; with `logits` the first output is them."""
     found, reference = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    expected = [Expected(found, reference)]
-    return compare(expected, identity(len(pairs)), first if logits else None)
+    return compare([Expected([], reference)], [found], first if logits else None)
 
 
 def test_equal_outputs_are_equal_whatever_their_shape() -> None:
@@ -246,6 +241,30 @@ def test_a_nan_in_any_output_fails_every_limit_it_touches(where: int) -> None:
 
 def test_a_nan_in_an_earlier_batch_is_not_forgotten() -> None:
     good, bad = noise(4, 6), torch.full((4, 6), float("nan"))
-    records = [Expected([bad], [good]), Expected([good], [good])]
-    numerics = compare(records, identity(), None)
+    records = [Expected([], [good]), Expected([], [good])]
+    numerics = compare(records, [[bad], [good]], None)
     assert len(numerics.shortfalls(Verify())) == 2
+
+
+# --- the runtime in the model's place ------------------------------------------------------------
+
+
+def test_a_batch_that_was_answered_is_not_run_again(ready: Compilation) -> None:
+    compilation = run_until(ready, "verify_onnx")
+    assert compilation.convention is not None
+    session = open_session(compilation.workdir / "model.onnx")
+    known, other = images(2), images(3, seed=7)
+    marked = [torch.full_like(output, 7.0) for output in run_session(session, [known])]
+    answered = [([known], marked)]
+    module = SessionModule(session, compilation.convention, torch.device("cpu"), answered)
+    assert torch.equal(module(known.clone()), marked[0])
+    assert torch.equal(module(other), run_session(session, [other])[0])
+    module(known).zero_()
+    assert bool(marked[0].eq(7.0).all()), "a user's model may write into what it gets"
+
+
+def test_one_run_and_many_runs_compute_the_same(ready: Compilation) -> None:
+    path = run_until(ready, "verify_onnx").workdir / "model.onnx"
+    [once] = run_session(open_session(path, runs=1), [images(3)])
+    [often] = run_session(open_session(path), [images(3)])
+    torch.testing.assert_close(once, often)
