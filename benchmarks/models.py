@@ -55,7 +55,13 @@ def compile_row(row: Row, rules: str, engine: str, timeout: float) -> dict[str, 
             (folder / "config.json").write_text(json.dumps(dict(row.config)))
             spec = f"hf:{folder / 'config.json'}"
         output = folder / "out"
-        command = [sys.executable, "-m", "gpusq_compile", spec, "--rules", rules, *row.arguments]
+        applied = str(Path(rules).resolve()) if Path(rules).is_file() else rules
+        if row.verify:
+            # JSON is YAML.
+            changed = {"version": 1, "extends": applied, "verify": dict(row.verify)}
+            applied = str(folder / "rules.yaml")
+            Path(applied).write_text(json.dumps(changed))
+        command = [sys.executable, "-m", "gpusq_compile", spec, "--rules", applied, *row.arguments]
         command += ["--no-finetune", "--engine", engine, "--quiet", "-o", str(output)]
         environment = os.environ | {"PYTHONPATH": str(ROOT), **row.environment}
         load = os.getloadavg()[0]
@@ -73,6 +79,7 @@ def compile_row(row: Row, rules: str, engine: str, timeout: float) -> dict[str, 
         "rules": rules,
         "model": row.spec or dict(row.config or {}),
         "environment": dict(row.environment),
+        "verify": dict(row.verify),
         "aim_seconds": row.aim_seconds,
         "load_before": load,
         **found,

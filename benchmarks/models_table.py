@@ -32,6 +32,11 @@ def tables(results: dict[str, Any]) -> str:
         file_sizes(done),
         unlike(done),
     ]
+    if other := [row for row in rows if row.get("verify")]:
+        parts += [
+            "Verified by other limits than the rules', where random weights cannot keep them:"
+        ]
+        parts += ["\n".join(f"- {title(row)}: {limits(row['verify'])}" for row in other)]
     if failures := [row for row in rows if row["error"]]:
         parts += ["Not compiled, or not verified:"]
         parts += ["\n".join(f"- {title(row)}: {row['error']}" for row in failures)]
@@ -40,6 +45,10 @@ def tables(results: dict[str, Any]) -> str:
 
 def title(row: dict[str, Any]) -> str:
     return f"{row['name']}, {row['rules']}"
+
+
+def limits(verify: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in verify.items())
 
 
 def overview(rows: list[dict[str, Any]]) -> str:

@@ -65,6 +65,18 @@ def test_rows_are_kept_one_by_one_and_failures_among_them(
     ]
 
 
+def test_a_row_may_be_verified_by_limits_of_its_own(
+    models: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    strict = models.Row("strict", "TinyViT", TINY, verify={"max_difference": 1e-12})
+    monkeypatch.setattr(models, "ROWS", (strict,))
+    run(models, monkeypatch, tmp_path, "--rules", "int8")
+    [row] = json.loads((tmp_path / "models.json").read_text())["rows"].values()
+    assert (row["status"], row["verify"]) == ("check failed", {"max_difference": 1e-12})
+    assert "limit max_difference 1e-12" in row["error"]
+    assert "- strict, int8: max_difference 1e-12" in (tmp_path / "models.md").read_text()
+
+
 def test_a_row_is_compiled_again_when_its_sources_or_options_change(models: ModuleType) -> None:
     row = models.Row("tiny", "TinyViT", TINY)
     before = models.fingerprint(row, {"engine": "none"})
