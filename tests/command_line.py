@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from gpusq_compile import cli
+from gpusq_compile import cli, report_cli
 
 TINY = Path(__file__).parent / "data" / "models" / "tiny.py"
 ONE_SHOT = ("--rules", "int8", "--no-finetune", "--engine", "none")
@@ -38,15 +38,33 @@ def compile_here(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: object
 ) -> Run:
     """`gpusq-compile ARGS` in this process, which imports torch once for all runs."""
-    monkeypatch.setattr(sys, "argv", ["gpusq-compile", *map(str, args)])
+    return run_here(monkeypatch, capsys, "gpusq-compile", cli.main, *args)
+
+
+def report_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: object
+) -> Run:
+    """`gpusq-report ARGS` in this process."""
+    return run_here(monkeypatch, capsys, "gpusq-report", report_cli.main, *args)
+
+
+def run_here(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    program: str,
+    main: Callable[[], None],
+    *args: object,
+) -> Run:
+    monkeypatch.setattr(sys, "argv", [program, *map(str, args)])
     capsys.readouterr()
     code: object = 0
     try:
-        cli.main()
+        main()
     except SystemExit as stop:
         code = stop.code
     said = capsys.readouterr()
     assert isinstance(code, int)
+    assert "Traceback" not in said.err
     return Run(code, said.out, said.err)
 
 

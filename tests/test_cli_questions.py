@@ -6,14 +6,14 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gpusq_compile import report_cli
 from gpusq_compile.codes import page, shown
-from tests.command_line import ONE_SHOT, TINY, Run, compile_here
+from tests.command_line import ONE_SHOT, TINY, Run, compile_here, report_here
 
 Commands = Any
 
@@ -54,19 +54,8 @@ def gpusq(
 def report(
     gpusq: Commands, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Commands:
-    def run(*args: object) -> Run:
-        monkeypatch.setattr(sys, "argv", ["gpusq-report", *map(str, args)])
-        capsys.readouterr()
-        code: object = 0
-        try:
-            report_cli.main()
-        except SystemExit as stop:
-            code = stop.code
-        said = capsys.readouterr()
-        assert isinstance(code, int)
-        return Run(code, said.out, said.err)
-
-    return run
+    """`gpusq-report ARGS` in this process, in the folder of the finished runs."""
+    return partial(report_here, monkeypatch, capsys)
 
 
 class TestExplain:

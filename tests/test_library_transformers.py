@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gpusq_compile import compile_model
+from tests.tiny_transformers import SEGFORMER
 
 timm: Any = pytest.importorskip("timm")
 torchvision: Any = pytest.importorskip("torchvision")
@@ -138,15 +139,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
         hf(
             "SegformerForSemanticSegmentation",
             "SegformerConfig",
-            num_encoder_blocks=2,
-            depths=[1, 1],
-            sr_ratios=[2, 1],
-            hidden_sizes=[32, 64],
-            patch_sizes=[7, 3],
-            strides=[4, 2],
-            num_attention_heads=[1, 2],
-            mlp_ratios=[2, 2],
-            decoder_hidden_size=64,
+            **{**SEGFORMER, "decoder_hidden_size": 64},
         ),
         64,
     ),

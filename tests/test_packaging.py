@@ -122,7 +122,7 @@ def test_the_metadata_names_version_licence_extras_and_commands(site: Path) -> N
     assert metadata["License-Expression"] == "Apache-2.0"
     assert {"rtx", "tensorrt", "models", "dev"} <= set(metadata.get_all("Provides-Extra", []))
     commands = (info / "entry_points.txt").read_text()
-    assert "gpusq-compile = gpusq_compile.cli:main" in commands
+    assert "gpusq-compile = gpusq_compile.__main__:main" in commands
     assert "gpusq-report = gpusq_compile.report_cli:main" in commands
     assert (info / "licenses" / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
 

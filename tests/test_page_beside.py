@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpusq_compile import compile_model, report_cli
+from gpusq_compile import compile_model
 from tests.browser import Page, chromium, find_chromium
-from tests.command_line import Run
+from tests.command_line import report_here
 from tests.models import TinyPyramid, images, seeded
 from tests.test_page import Elements
 from tests.test_report_cli import opened
@@ -54,21 +54,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """`gpusq-report ARGS` in this process."""
-
-    def run(*args: object) -> Run:
-        monkeypatch.setattr(sys, "argv", ["gpusq-report", *map(str, args)])
-        capsys.readouterr()
-        code: object = 0
-        try:
-            report_cli.main()
-        except SystemExit as stop:
-            code = stop.code
-        said = capsys.readouterr()
-        assert isinstance(code, int)
-        assert "Traceback" not in said.err
-        return Run(code, said.out, said.err)
-
-    return run
+    return partial(report_here, monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gpusq_compile import __version__, report_cli
-from tests.command_line import ONE_SHOT, TINY, Run, compile_here
+from tests.command_line import ONE_SHOT, TINY, Run, compile_here, report_here
 from tests.engine_logs import DATA, make_report
 
 
@@ -31,19 +32,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    def run(*args: object) -> Run:
-        monkeypatch.setattr(sys, "argv", ["gpusq-report", *map(str, args)])
-        code: object = 0
-        try:
-            report_cli.main()
-        except SystemExit as stop:
-            code = stop.code
-        said = capsys.readouterr()
-        assert isinstance(code, int)
-        assert "Traceback" not in said.err
-        return Run(code, said.out, said.err)
-
-    return run
+    """`gpusq-report ARGS` in this process."""
+    return partial(report_here, monkeypatch, capsys)
 
 
 def test_it_shows_what_the_run_itself_showed(

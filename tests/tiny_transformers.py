@@ -48,6 +48,17 @@ DETR: dict[str, Any] = {
     "num_queries": 6,
     "num_labels": 3,
 }
+SEGFORMER: dict[str, Any] = {
+    "num_encoder_blocks": 2,
+    "depths": [1, 1],
+    "sr_ratios": [2, 1],
+    "hidden_sizes": [32, 64],
+    "patch_sizes": [7, 3],
+    "strides": [4, 2],
+    "num_attention_heads": [1, 2],
+    "mlp_ratios": [2, 2],
+    "decoder_hidden_size": 32,
+}
 
 
 def resnet(*stages: str) -> Any:
@@ -78,18 +89,7 @@ def config_of(kind: str) -> Any:
         "YolosForObjectDetection": lambda: t.YolosConfig(
             **{**VIT, "image_size": [32, 48]}, num_detection_tokens=5, num_labels=3
         ),
-        "SegformerForSemanticSegmentation": lambda: t.SegformerConfig(
-            num_encoder_blocks=2,
-            depths=[1, 1],
-            sr_ratios=[2, 1],
-            hidden_sizes=[32, 64],
-            patch_sizes=[7, 3],
-            strides=[4, 2],
-            num_attention_heads=[1, 2],
-            mlp_ratios=[2, 2],
-            decoder_hidden_size=32,
-            num_labels=3,
-        ),
+        "SegformerForSemanticSegmentation": lambda: t.SegformerConfig(**SEGFORMER, num_labels=3),
         "Dinov2Backbone": lambda: t.Dinov2Config(**VIT, out_features=["stage1", "stage2"]),
         "BertModel": lambda: t.BertConfig(**TEXT),
     }
