@@ -17,6 +17,7 @@ from gpusq_compile.compilation import Compilation
 from gpusq_compile.errors import CheckFailed
 from gpusq_compile.language.schema import Verify
 from gpusq_compile.lowering.runtime import (
+    Answer,
     Expected,
     Numerics,
     SessionModule,
@@ -24,6 +25,7 @@ from gpusq_compile.lowering.runtime import (
     open_session,
     run_session,
 )
+from gpusq_compile.passes import verify_onnx
 from gpusq_compile.passes.verify_onnx import near_ties
 from gpusq_compile.remarks import Kind
 from tests.compilations import begin, fork, remarks_of, run_until
@@ -261,6 +263,22 @@ def test_a_batch_that_was_answered_is_not_run_again(ready: Compilation) -> None:
     assert torch.equal(module(other), run_session(session, [other])[0])
     module(known).zero_()
     assert bool(marked[0].eq(7.0).all()), "a user's model may write into what it gets"
+
+
+def test_only_small_outputs_are_kept_to_measure_with(
+    ready: Compilation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = open_session(run_until(ready, "verify_onnx").workdir / "model.onnx")
+    one, two = images(1), images(2, seed=7)
+    expected = [Expected([one], []), Expected([two], [])]
+    [of_one] = run_session(session, [one])
+    monkeypatch.setattr(verify_onnx, "REMEMBERED", of_one.nbytes)
+    answered: list[Answer] = []
+    found = list(verify_onnx.answers(session, expected, answered))
+    assert [len(outputs[0]) for outputs in found] == [1, 2]
+    [(inputs, outputs)] = answered
+    assert torch.equal(inputs[0], one)
+    assert torch.equal(outputs[0], of_one)
 
 
 def test_one_run_and_many_runs_compute_the_same(ready: Compilation) -> None:

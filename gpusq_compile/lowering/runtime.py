@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,7 @@ def run_session(
 
 def compare(
     expected: list[Expected],
-    found: list[list[torch.Tensor]],
+    found: Iterable[list[torch.Tensor]],
     find_logits: Callable[[list[torch.Tensor]], torch.Tensor] | None,
 ) -> Numerics:
     """Compare every recorded batch with the flat outputs that the runtime gave for it.
