@@ -7,6 +7,7 @@ Needs `graph`. Rewrites, each exact:
 - products in other words (`baddbmm`, an `einsum` of two factors) -> `matmul`, and products with a
   stored weight (`x @ w.T`, `addmm`) -> `linear`, so that attention and GEMMs have one form;
 - fused attention on other than four axes -> on four, all that an engine knows, or spelled out;
+- patches summed into a map (`nn.Fold`) -> a transposed convolution, which engines know;
 - a non-overlapping convolution (kernel = stride, no padding) -> patches @ linear, so that a patch
   embedding is a GEMM with reduction size C * P * P.
 Refuses an operator that cannot become ONNX, with its place in the model's source: what is found
@@ -24,6 +25,7 @@ import torch.fx
 
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.graph.attention import fused_arguments
+from gpusq_compile.graph.col2im import fold_to_convolution
 from gpusq_compile.graph.edit import bypass, finish, insert_call, insert_get_attr, set_tensor
 from gpusq_compile.graph.one_form import (
     ENGINE_AXES,
@@ -281,6 +283,7 @@ REWRITES: tuple[tuple[Callable[[torch.fx.GraphModule, torch.fx.Node], bool], ...
         product_to_linear,
         attention_to_four_axes,
         spell_out_attention,
+        fold_to_convolution,
         copy_to_source,
         select_from_stack,
     ),
