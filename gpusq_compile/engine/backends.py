@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
+import json
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, get_args
 
+from gpusq_compile.engine import probe
 from gpusq_compile.errors import InputError, did_you_mean
 from gpusq_compile.language.schema import Compute
 
@@ -89,41 +92,46 @@ def _auto(targets: Sequence[str]) -> tuple[Backend | None, tuple[str, ...]]:
     return rtx, tuple(remarks)
 
 
-def _import(module: str, name: str, hint: str) -> Any:
+@cache
+def _asked(module: str) -> dict[str, Any]:
+    """What probe.py finds of a builder's library; this process does not load it."""
+    done = subprocess.run(
+        [sys.executable, probe.__file__, module],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
     try:
-        return importlib.import_module(module)
-    # A package without its libraries or driver raises whatever its loader met: OSError,
-    # RuntimeError, AttributeError.
-    except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and error.name == module:
-            found = "is not installed"
-        else:
-            found = f"cannot be imported: {error}".split("\n")[0]
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        said = done.stderr.strip().splitlines() or ["it says nothing"]
+        error = f"its process ended with code {done.returncode}: {said[-1]}"
+        return {"missing": False, "error": error}
+    return found
+
+
+def _library(module: str, name: str, hint: str) -> dict[str, Any]:
+    found = _asked(module)
+    if "error" in found:
+        why = "is not installed" if found["missing"] else f"cannot be imported: {found['error']}"
         raise InputError(
-            "engine-backend-missing", f"engine backend '{name}': {module} {found}", hint=hint
-        ) from error
+            "engine-backend-missing", f"engine backend '{name}': {module} {why}", hint=hint
+        )
+    return found
 
 
 def _tensorrt_rtx() -> Backend:
-    trt = _import("tensorrt_rtx", "tensorrt-rtx", GET_RTX)
-    capabilities = sorted(
-        (n for n in trt.ComputeCapability.__members__ if n.startswith("SM")),
-        key=lambda n: int(n[2:]),
-    )
-    return Backend(
-        name="tensorrt-rtx",
-        module="tensorrt_rtx",
-        version=trt.__version__,
-        targets=(PORTABLE, *(n.lower() for n in capabilities)),
-    )
+    found = _library("tensorrt_rtx", "tensorrt-rtx", GET_RTX)
+    targets = (PORTABLE, *found["capabilities"])
+    return Backend("tensorrt-rtx", "tensorrt_rtx", found["version"], targets)
 
 
 def _tensorrt() -> Backend:
-    trt = _import("tensorrt", "tensorrt", GET_TENSORRT)
-    if int(trt.__version__.split(".")[0]) < 10:
+    version = _library("tensorrt", "tensorrt", GET_TENSORRT)["version"]
+    if int(version.split(".")[0]) < 10:
         raise InputError(
             "engine-backend-missing",
-            f"engine backend 'tensorrt': TensorRT {trt.__version__} is too old, 10 or later reads "
+            f"engine backend 'tensorrt': TensorRT {version} is too old, 10 or later reads "
             "a strongly typed ONNX file of opset 21",
             hint=GET_TENSORRT,
         )
@@ -136,7 +144,7 @@ def _tensorrt() -> Backend:
             "on the machine with the GPU",
         )
     targets = (PORTABLE, gpu) if int(gpu[2:]) >= 80 else (gpu,)
-    return Backend("tensorrt", "tensorrt", trt.__version__, targets, gpu)
+    return Backend("tensorrt", "tensorrt", version, targets, gpu)
 
 
 def _check_targets(backend: Backend, targets: Sequence[str]) -> None:
