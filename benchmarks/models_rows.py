@@ -61,6 +61,12 @@ def transformers(family: str, architecture: str, **config: Any) -> Row:
     return Row(architecture, family, config={"architectures": [architecture], **config})
 
 
+def classifier(family: str, architecture: str, **config: Any) -> Row:
+    """One of ImageNet's classes, as timm's are: by default they would be two, and of two logits
+    of random weights any rounding turns the direction."""
+    return transformers(family, architecture, num_labels=1000, **config)
+
+
 FAMILIES: tuple[Row, ...] = (
     timm("DeiT", "deit_tiny_patch16_224"),
     timm("DeiT", "deit_small_patch16_224"),
@@ -122,11 +128,11 @@ OTHERS: tuple[Row, ...] = (
     torchvision("torchvision", "vit_b_16"),
     torchvision("torchvision", "swin_v2_t"),
     torchvision("torchvision", "maxvit_t"),
-    transformers("transformers", "ViTForImageClassification", model_type="vit"),
-    transformers("transformers", "DeiTForImageClassification", model_type="deit"),
-    transformers("transformers", "SwinForImageClassification", model_type="swin"),
-    transformers("transformers", "BeitForImageClassification", model_type="beit"),
-    transformers("transformers", "Dinov2ForImageClassification", model_type="dinov2"),
+    classifier("transformers", "ViTForImageClassification", model_type="vit"),
+    classifier("transformers", "DeiTForImageClassification", model_type="deit"),
+    classifier("transformers", "SwinForImageClassification", model_type="swin"),
+    classifier("transformers", "BeitForImageClassification", model_type="beit"),
+    classifier("transformers", "Dinov2ForImageClassification", model_type="dinov2"),
     transformers("transformers", "SegformerForSemanticSegmentation", model_type="segformer"),
     transformers("transformers", "CLIPVisionModel", model_type="clip_vision_model"),
     transformers("transformers", "SiglipVisionModel", model_type="siglip_vision_model"),
