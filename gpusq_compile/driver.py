@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import math
 import time
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import onnx
 import torch
+from torch.utils._pytree import tree_map
 
 from gpusq_compile.accuracy import measure
 from gpusq_compile.allocator import give_back
@@ -30,6 +33,10 @@ MEASURED_AFTER = {"finetune_sparse": "sparse"}
 The dense model is measured once the rules have matched: their errors should not wait for it, and
 a dry run needs none.
 """
+
+
+WITHIN_ROUNDING = 4
+"""Times the change that rounding the inputs makes: what a rewrite that only rounds may make."""
 
 
 def run_passes(compilation: Compilation, passes: Sequence[Pass]) -> None:
@@ -78,7 +85,11 @@ def run_pass(compilation: Compilation, step: Pass) -> None:
         if checked and (state is None or not state.holds(compilation.graph)):
             change = numerical_change(compilation)
         same = step.preserves is None or change <= step.preserves
-        if not same and not only_rounded(reference, compilation.reference):
+        if not (
+            same
+            or only_rounded(reference, compilation.reference)
+            or (math.isfinite(change) and change <= WITHIN_ROUNDING * own_rounding(compilation))
+        ):
             raise InternalError(
                 "not-preserved",
                 f"pass '{step.name}' changed the outputs by {change:.3g} standard deviations, "
@@ -159,6 +170,25 @@ def only_rounded(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
         for old, new in zip(before, after, strict=True)
         if old.is_floating_point()
     )
+
+
+def own_rounding(compilation: Compilation) -> float:
+    """How far the graph's outputs move when its inputs in floats move by one rounding each.
+
+    In standard deviations of the output. A deep network makes more of it than a shallow one.
+    """
+
+    def moved(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return value
+        return value * (1 + torch.finfo(value.dtype).eps)
+
+    args, kwargs = tree_map(moved, compilation.probe)
+    with torch.no_grad():
+        outputs = tensor_leaves(compilation.ir(*args, **kwargs))
+    pairs = zip(outputs, compilation.reference, strict=True)
+    changes = [largest_difference(new, old) for new, old in pairs if old.is_floating_point()]
+    return max(changes, default=0.0)
 
 
 def change_to(compilation: Compilation, outputs: list[torch.Tensor]) -> float:

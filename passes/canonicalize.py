@@ -8,6 +8,7 @@ Needs `graph`. Rewrites, each exact:
   stored weight (`x @ w.T`, `addmm`) -> `linear`, so that attention and GEMMs have one form;
 - fused attention on other than four axes -> on four, all that an engine knows, or spelled out;
 - patches summed into a map (`nn.Fold`) -> a transposed convolution, which engines know;
+- `rms_norm` -> its products, since ONNX has no form of it up to our opset;
 - a non-overlapping convolution (kernel = stride, no padding) -> patches @ linear, so that a patch
   embedding is a GEMM with reduction size C * P * P.
 Refuses an operator that cannot become ONNX, with its place in the model's source: what is found
@@ -27,6 +28,7 @@ from gpusq_compile.compilation import Compilation
 from gpusq_compile.graph.attention import fused_arguments
 from gpusq_compile.graph.col2im import fold_to_convolution
 from gpusq_compile.graph.edit import bypass, finish, insert_call, insert_get_attr, set_tensor
+from gpusq_compile.graph.norms import spell_out_rms_norm
 from gpusq_compile.graph.one_form import (
     ENGINE_AXES,
     attention_to_four_axes,
@@ -284,6 +286,7 @@ REWRITES: tuple[tuple[Callable[[torch.fx.GraphModule, torch.fx.Node], bool], ...
         attention_to_four_axes,
         spell_out_attention,
         fold_to_convolution,
+        spell_out_rms_norm,
         copy_to_source,
         select_from_stack,
     ),

@@ -25,6 +25,7 @@ from gpusq_compile.data import some_batches
 from gpusq_compile.errors import InputError
 from gpusq_compile.graph.edit import remove_tensor, set_tensor
 from gpusq_compile.graph.functional import is_write, make_functional
+from gpusq_compile.graph.inline import inline_disabled_autocast
 from gpusq_compile.graph.query import output_nodes, source_line
 from gpusq_compile.lowering.exportable import check_control_flow
 from gpusq_compile.lowering.lift import convention_of
@@ -176,7 +177,8 @@ def export(
     if shapes is None:
         shapes = batch_dynamic(module, args, kwargs)
     try:
-        with quiet_export():
+        # Gradients that the model switches off itself would be a graph of their own.
+        with quiet_export(), torch.no_grad():
             return torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
     except Exception as error:
         raise _export_error(compilation, error) from error
@@ -280,6 +282,7 @@ def unlift(program: torch.export.ExportedProgram) -> torch.fx.GraphModule:
     """
     unlifted = program.module(check_guards=False)
     graph_module = torch.fx.GraphModule(unlifted, unlifted.graph)
+    inline_disabled_autocast(graph_module)
     drop_checks(graph_module)
     for node in graph_module.graph.nodes:
         node.meta.pop("from_node", None)

@@ -259,8 +259,8 @@ class TestOptions:
             if line.startswith("│")
             for cells in [[cell.strip() for cell in line.strip("│").split("│")]]
         }
-        assert rows["fc1"] == ["1", "64x32", "2:4 int8", "int8", "int8"]
-        assert rows["head"] == ["1", "4x32", "-", "-", "-"]
+        assert rows["fc1"] == ["1", "mlp", "64x32", "2:4 int8", "int8", "int8"]
+        assert rows["head"] == ["1", "classifier", "4x32", "-", "-", "-"]
         assert "distilled at:\n  patch_embed: patch_embed: " in run.err
         assert "\n  norm: final_projection: " in run.err
         assert "nothing was written" in run.err
@@ -275,7 +275,7 @@ class TestOptions:
     def test_dry_run_names_what_is_refused(self, compiled: Any, here: Path) -> None:
         Path("rules.yaml").write_text(ODD_RULES)
         run = compiled("--rules", "rules.yaml", "--dry-run", model=variant(here, ODD))
-        assert re.search(r"│ odd +│ 1 +│ 6x1x3x3 │ 2:4 int8: refused │", run.err)
+        assert re.search(r"│ odd +│ 1 +│ patch_embed +│ 6x1x3x3 │ 2:4 int8: refused │", run.err)
         assert (
             "refused on 1 layer (odd): 2:4 needs a reduction axis that is a multiple of 4"
             in run.err

@@ -155,6 +155,33 @@ def test_each_change_is_measured_from_the_pass_before(compilation: Compilation) 
     assert compilation.records[-1].change == 0.0
 
 
+class Amplifying(nn.Module):
+    """A rounding of the input is a thousand roundings of the output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(x * 4096.0)
+
+
+@pytest.mark.parametrize("factor", [1 + 2**-23, 1 + 2**-18])
+def test_a_change_that_rounding_the_inputs_makes_too_is_rounding(factor: float) -> None:
+    compilation = run_until(begin(Amplifying(), noise(4, 64), make_rules()), "canonicalize")
+
+    def run(compilation: Compilation) -> PassResult:
+        [product] = compilation.ir.graph.find_nodes(op="call_function", target=aten.mul.Tensor)
+        product.args = (product.args[0], 4096.0 * factor)
+        compilation.ir.recompile()
+        return PassResult(matched=1, changed=1)
+
+    if factor < 1 + 2**-20:
+        run_passes(compilation, [step(run, preserves=1e-4)])
+        change = compilation.records[-1].change
+        assert change is not None
+        assert change > 1e-4
+    else:
+        with pytest.raises(InternalError, match="not-preserved"):
+            run_passes(compilation, [step(run, preserves=1e-4)])
+
+
 def test_outputs_that_become_nan_are_no_preserved_outputs(compilation: Compilation) -> None:
     with pytest.raises(InternalError, match="not-preserved"):
         run_passes(compilation, [step(scale_the_output(float("nan")), preserves=1e-4)])

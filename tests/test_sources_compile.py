@@ -169,7 +169,13 @@ class TestPlan:
         shapes = {"0": [64, 32], "3": [32, 64]}
         asked = Treatment("2:4", "int8", "int8").as_dict()
         layers = [
-            {"name": n, "shape": shapes.get(n[-1], [8, 8]), "requested": asked, "reasons": []}
+            {
+                "name": n,
+                "role": None,
+                "shape": shapes.get(n[-1], [8, 8]),
+                "requested": asked,
+                "reasons": [],
+            }
             for n in names
         ]
         table = plan_table({"layers": layers})

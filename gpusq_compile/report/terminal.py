@@ -141,11 +141,12 @@ def plan_table(report: dict[str, Any]) -> Table:
     table = Table(title="plan", title_justify="left")
     table.add_column("layers", overflow="fold")
     table.add_column("n", justify="right")
-    for column in ("shape", "weight", "activation", "output"):
+    for column in ("role", "shape", "weight", "activation", "output"):
         table.add_column(column, no_wrap=True)
     rows: dict[tuple[str, ...], list[str]] = {}
     for layer in report["layers"]:
-        row = (NUMBER.sub("*", layer["name"]), *plan_cells(layer))
+        role = layer["role"] or UNKNOWN
+        row = (NUMBER.sub("*", layer["name"]), role, *plan_cells(layer))
         rows.setdefault(row, []).append(layer["name"])
     for (pattern, *cells), names in rows.items():
         table.add_row(escape(pattern if len(names) > 1 else names[0]), str(len(names)), *cells)
