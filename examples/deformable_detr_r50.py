@@ -5,12 +5,13 @@ Detection", ICLR 2021).
 
 transformers builds it from its configuration, with random weights and without a download. To
 compile a trained one, replace the model in `Detector` by
-`DeformableDetrForObjectDetection.from_pretrained("SenseTime/deformable-detr")`, and the data by
-yours. `DEFORMABLE_DETR=tiny` is a small one for trying things out; `IMAGE_SIZE` sets the side of
-the images.
+`DeformableDetrForObjectDetection.from_pretrained("SenseTime/deformable-detr")`, what `config`
+returns by `DeformableDetrConfig.from_pretrained` of the same name, and the data by yours.
+`DEFORMABLE_DETR=tiny` is a small one for trying things out; `IMAGE_SIZE` sets the side of the
+images.
 
-The transformer's linears are compressed, those that place the sampling points among them. The
-backbone's convolutions stay dense FP16 under the shipped rules, which compress linears alone.
+The transformer's linears are compressed, those that place the sampling points among them, and of
+the backbone the convolutions of one pixel. Larger ones stay dense FP16 under the shipped rules.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from torchvision.ops import box_convert
 from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, ResNetConfig
 from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetectionLoss
 
-from photos import CLASSES, Target, best_overlap, normalized, relative_boxes, samples
+from photos import CLASSES, Target, best_overlap, normalized, relative_boxes, samples, size_named
 
 Batch = tuple[Tensor, list[Target]]
 
-TINY = os.environ.get("DEFORMABLE_DETR", "r50") == "tiny"
+TINY = size_named("DEFORMABLE_DETR", ("r50", "tiny")) == "tiny"
 IMAGE_SIZE = int(os.environ.get("IMAGE_SIZE", "128" if TINY else "256"))
 BATCH_SIZE = 2
 

@@ -4,11 +4,12 @@
 
 transformers builds it from its configuration, with random weights and without a download. To
 compile a trained one, replace the model in `Detector` by
-`DetrForObjectDetection.from_pretrained("facebook/detr-resnet-50")`, and the data by yours.
+`DetrForObjectDetection.from_pretrained("facebook/detr-resnet-50")`, what `config` returns by
+`DetrConfig.from_pretrained` of the same name, and the data by yours.
 `DETR=tiny` is a small one for trying things out; `IMAGE_SIZE` sets the side of the images.
 
-The transformer's linears are compressed. The backbone's convolutions stay dense FP16 under the
-shipped rules, which compress linears alone.
+The transformer's linears are compressed, and of the backbone the convolutions of one pixel. Larger
+ones stay dense FP16 under the shipped rules.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from torchvision.ops import box_convert
 from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
 from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss
 
-from photos import CLASSES, Target, best_overlap, normalized, relative_boxes, samples
+from photos import CLASSES, Target, best_overlap, normalized, relative_boxes, samples, size_named
 
 Batch = tuple[Tensor, list[Target]]
 
-TINY = os.environ.get("DETR", "r50") == "tiny"
+TINY = size_named("DETR", ("r50", "tiny")) == "tiny"
 IMAGE_SIZE = int(os.environ.get("IMAGE_SIZE", "128" if TINY else "384"))
 BATCH_SIZE = 2
 

@@ -7,6 +7,8 @@ same and there is something to learn.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -28,6 +30,15 @@ Target = dict[str, Tensor]
 `masks` uint8 [n, size, size]."""
 
 Outline = tuple[tuple[int, int], ...]
+
+
+def size_named(variable: str, sizes: Sequence[str]) -> str:
+    """The size of an example that an environment variable names; the first one by default."""
+    name = os.environ.get(variable, sizes[0])
+    if name not in sizes:
+        raise ValueError(f"{variable}={name}: the sizes are {', '.join(dict.fromkeys(sizes))}")
+    return name
+
 
 # fmt: off
 TOWER: Outline = (

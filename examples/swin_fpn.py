@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
-from photos import CLASSES, Target, best_overlap, samples
+from photos import CLASSES, Target, best_overlap, samples, size_named
 
 Batch = tuple[list[Tensor], list[Target]]
 
@@ -49,7 +49,7 @@ SIZES = {
     "small": Size("swin_small_patch4_window7_224", {}),
     "base": Size("swin_base_patch4_window7_224", {}),
 }
-SIZE = SIZES[os.environ.get("SWIN", "tiny")]
+SIZE = SIZES[size_named("SWIN", ("tiny", *SIZES))]
 IMAGE_SIZE = int(os.environ.get("IMAGE_SIZE", SIZE.image))
 BATCH_SIZE = 2
 ANCHORS = tuple((IMAGE_SIZE // share,) for share in (32, 16, 8, 4, 2))

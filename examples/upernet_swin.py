@@ -9,8 +9,9 @@ without a download. To compile a trained one, replace the model in `Segmenter` b
 `UperNetForSemanticSegmentation.from_pretrained("openmmlab/upernet-swin-tiny")`, and the data by
 yours.
 
-The Swin's linears are compressed. The head is convolutions, which stay dense FP16 under the shipped
-rules, and the auxiliary head of the training is left out, as in deployment.
+The Swin's linears are compressed, and of the head the convolutions of one pixel; larger ones stay
+dense FP16 under the shipped rules. The auxiliary head of the training is left out, as in
+deployment.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import SwinConfig, UperNetConfig, UperNetForSemanticSegmentation
 
-from photos import CLASSES, classes_per_pixel, normalized, samples
+from photos import CLASSES, classes_per_pixel, normalized, samples, size_named
 
 Batch = tuple[Tensor, Tensor]
 
@@ -46,7 +47,7 @@ SIZES = {
     "small": Size(96, (2, 2, 18, 2), (3, 6, 12, 24)),
     "base": Size(128, (2, 2, 18, 2), (4, 8, 16, 32), window=12),
 }
-SIZE = SIZES[os.environ.get("UPERNET", "tiny")]
+SIZE = SIZES[size_named("UPERNET", ("tiny", *SIZES))]
 IMAGE_SIZE = int(os.environ.get("IMAGE_SIZE", SIZE.image))
 BATCH_SIZE = 2
 

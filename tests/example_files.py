@@ -40,6 +40,8 @@ def check_compiled(result: CompileResult, *, marked: int) -> None:
     assert report["verify"]["ok"]
     for phase in ("sparse", "quantize"):
         assert report["finetune"][phase]["steps"] == 2
+        # Without a loss of the example's own there is none of hard labels.
+        assert report["finetune"][phase]["loss"][0]["hard"] > 0
     assert result.onnx_model is not None
     session = open_session(result.onnx_model.SerializeToString())
     [image] = session.get_inputs()

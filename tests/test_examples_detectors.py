@@ -8,17 +8,38 @@ import sys
 import pytest
 import torch
 
+from gpusq_compile import InputError, compile_model
 from gpusq_compile.api import CompileResult
 from tests.example_files import EXAMPLES, check_compiled, compile_example, taps
 
-DETECTORS = {"mask_rcnn_swin": "int8", "cascade_mask_rcnn_swin": "int4"}
+DETECTORS = ("mask_rcnn_swin", "cascade_mask_rcnn_swin")
+RUNS = [(name, rules) for name in DETECTORS for rules in ("int8", "int4")]
 
 
-@pytest.fixture(scope="module", params=DETECTORS)
+@pytest.fixture(scope="module", params=RUNS, ids=" by ".join)
 def compiled(request: pytest.FixtureRequest) -> CompileResult:
-    rules = EXAMPLES / f"swin_backbone_{DETECTORS[request.param]}.yaml"
+    name, rules = request.param
     with pytest.MonkeyPatch.context() as patch:
-        return compile_example(patch, request.param, rules)
+        return compile_example(patch, name, EXAMPLES / f"swin_backbone_{rules}.yaml")
+
+
+@pytest.mark.parametrize(
+    ("file", "variable"),
+    [
+        ("mask_rcnn_swin", "SWIN"),
+        ("detr_r50", "DETR"),
+        ("deformable_detr_r50", "DEFORMABLE_DETR"),
+        ("upernet_swin", "UPERNET"),
+    ],
+)
+def test_a_size_that_is_none_is_named(
+    file: str, variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("swin_fpn", file):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setenv(variable, "huge")
+    with pytest.raises(InputError, match=f"{variable}=huge: the sizes are "):
+        compile_model(EXAMPLES / f"{file}.py", rules="int8", dry_run=True)
 
 
 def test_the_backbone_compiles_and_trains(compiled: CompileResult) -> None:
