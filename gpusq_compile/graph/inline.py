@@ -27,8 +27,8 @@ def inline_disabled_autocast(graph_module: torch.fx.GraphModule) -> None:
         assert isinstance(inner, torch.fx.GraphModule)
         if not any(part.op in ("get_attr", "call_module") for part in inner.graph.nodes):
             _inline(node, inner.graph, operands)
-    graph_module.graph.eliminate_dead_code()
-    graph_module.delete_all_unused_submodules()
+            if not region.users:
+                graph_module.graph.erase_node(region)
 
 
 def _inline(node: torch.fx.Node, inner: torch.fx.Graph, operands: list[Any]) -> None:
