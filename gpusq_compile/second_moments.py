@@ -18,8 +18,11 @@ import torch.nn.functional as F
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.data import batches, require_calibration_data
 from gpusq_compile.errors import InputError
-from gpusq_compile.graph.query import op_of
+from gpusq_compile.graph.liveness import live_bytes
+from gpusq_compile.graph.query import op_of, traced_batch
 from gpusq_compile.graph.walk import Call, Walk
+from gpusq_compile.plan import planned
+from gpusq_compile.remarks import Remark, missed
 from gpusq_compile.sparsity import REDUCTION_AXIS
 
 WIDE = 512
@@ -28,6 +31,10 @@ alone, and kept in float32."""
 
 ROWS_AT_ONCE = 2048
 """Rows that are multiplied together where they are wide."""
+
+MOST_BYTES = 1 << 30
+"""What the values of all samples may take that are held at one layer: of more samples, or of larger
+ones, fewer are looked at. Each large image has many rows."""
 
 MOST_ROWS = 1 << 16
 """Rows of a linear's input that second moments are computed from; of more, every n-th is taken."""
@@ -171,6 +178,12 @@ def _energy(matrix: torch.Tensor, moments: torch.Tensor) -> float:
     return max(total, 0.0)
 
 
+def bytes_of_a_sample(graph: torch.fx.Graph) -> float:
+    """What one sample's values take where most are held: at one of the layers to be compressed."""
+    places = [node for node, _ in planned(graph)]
+    return live_bytes(graph, places) / traced_batch(graph)
+
+
 def looks_at_inputs(what: str) -> str:
     return f"{what} looks at the inputs of the layers"
 
@@ -196,9 +209,18 @@ class LayerInputs:
         parameters = sum(parameter.numel() for parameter in compilation.ir.parameters())
         calls: list[Call] = []
         samples = 0
+        self.remarks: list[Remark] = []
+        each = bytes_of_a_sample(compilation.ir.graph)
         for batch in batches(
             factory, name, compilation.device, compilation.rules.calibration.batches
         ):
+            if calls and (samples + batch.size) * each > MOST_BYTES:
+                text = (
+                    f"{what} looked at {samples} samples of {name}() alone: the values of more "
+                    f"would take over {MOST_BYTES >> 20} MiB at one layer"
+                )
+                self.remarks.append(missed("fewer-samples", text))
+                break
             calls.append(compilation.network.scoped_inputs(batch.inputs))
             samples += batch.size
             if most is not None and parameters * samples >= most:
