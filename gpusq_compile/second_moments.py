@@ -39,8 +39,8 @@ ones, fewer are looked at. Each large image has many rows."""
 MOST_ROWS = 1 << 16
 """Rows of a linear's input that second moments are computed from; of more, every n-th is taken."""
 
-IMAGES_AT_ONCE = 8
-"""Images whose patches are unfolded together: they take kernel-size times the input's memory."""
+PATCHES_AT_ONCE = 1 << 23
+"""Numbers in the patches of the images that are unfolded together, a whole image at least."""
 
 
 def as_matrix(weight: torch.Tensor) -> torch.Tensor:
@@ -68,12 +68,17 @@ def input_rows(node: torch.fx.Node, value: torch.Tensor) -> Iterator[torch.Tenso
     stride, padding, dilation = (_pair(node, index, default) for index, default in _GEOMETRY)
     weight = node.args[1]
     assert isinstance(weight, torch.fx.Node)
-    kernel = weight.meta["val"].shape[2:]
-    for part in torch.split(value.float(), IMAGES_AT_ONCE):
-        patches = F.unfold(part, tuple(kernel), dilation, padding, stride)
-        images, columns, places = patches.shape
-        patches = patches.reshape(images, -1, math.prod(kernel), places)
-        yield patches.permute(0, 3, 2, 1).reshape(-1, columns)
+    kernel = tuple(weight.meta["val"].shape[2:])
+    image = math.ceil(value[0].numel() * math.prod(kernel) / math.prod(stride))
+    for part in torch.split(value, max(1, PATCHES_AT_ONCE // image)):
+        yield _patch_rows(F.unfold(part.float(), kernel, dilation, padding, stride), kernel)
+
+
+def _patch_rows(patches: torch.Tensor, kernel: tuple[int, ...]) -> torch.Tensor:
+    """What `unfold` gives, [images, channels x kernel, places], as rows [.., kernel x channels]."""
+    images, columns, places = patches.shape
+    patches = patches.reshape(images, -1, math.prod(kernel), places)
+    return patches.permute(0, 3, 2, 1).reshape(-1, columns)
 
 
 _GEOMETRY = ((3, 1), (4, 0), (5, 1))
