@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import torch
 import torch.fx
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from gpusq_compile.api import CompileResult
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.console import Console
 from gpusq_compile.driver import run_passes
@@ -134,3 +136,11 @@ def targets(compilation: Compilation) -> list[str]:
         for node in compilation.ir.graph.nodes
         if node.op in ("call_function", "call_module")
     ]
+
+
+def session_of(result: CompileResult) -> onnxruntime.InferenceSession:
+    """A session that computes what the file says; by default the runtime rounds weights anew."""
+    assert result.onnx_model is not None
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(result.onnx_model.SerializeToString(), options)

@@ -1,4 +1,4 @@
-"""A rules file that is missing, unreadable or extends such a one: its code, its place, a way out."""
+"""A rules file that is missing, unreadable or extends such a one: code, place and a way out."""
 
 from __future__ import annotations
 
