@@ -29,6 +29,18 @@ from gpusq_compile.remarks import Kind, Remark
 
 SPARSE: dict[str, Any] = {"pattern": "2:4"}
 INT8: dict[str, Any] = {"weight": "int8"}
+EVERYTHING: dict[str, Any] = {
+    "id": "all",
+    "match": {"op": "linear"},
+    "sparsity": SPARSE,
+    "quantize": INT8,
+}
+LINEARS: dict[str, Any] = {
+    "id": "linears",
+    "match": {"op": "linear"},
+    "sparsity": SPARSE,
+    "quantize": {"weight": "int8", "activation": "int8"},
+}
 TAPS: dict[str, Any] = {
     "id": "taps",
     "match": {"role": ["patch_embed", "stage_end", "final_projection"]},
@@ -38,11 +50,10 @@ TAPS: dict[str, Any] = {
 
 def make_rules(*rules: Mapping[str, Any], precision: str = "fp32", **rest: Any) -> dict[str, Any]:
     """A rules document; without rules one that asks for 2:4 and int8 on every linear."""
-    everything = {"id": "all", "match": {"op": "linear"}, "sparsity": SPARSE, "quantize": INT8}
     return {
         "version": 1,
         "target": {"precision": precision},
-        "rules": [dict(rule) for rule in rules] or [everything],
+        "rules": [dict(rule) for rule in rules] or [dict(EVERYTHING)],
         **rest,
     }
 

@@ -12,10 +12,9 @@ from gpusq_compile.finetune.loop import train
 from gpusq_compile.finetune.taps import taps_of
 from gpusq_compile.finetune.teacher import zero_masked_weights
 from gpusq_compile.language.training import Phase, QuantizePhase
-from tests.compilations import INT8, SPARSE, TAPS, begin, make_rules
+from tests.compilations import EVERYTHING, TAPS, begin, make_rules
 from tests.models import Shape, TinyViT, images, labelled, seeded
 
-EVERYTHING = {"id": "all", "match": {"op": "linear"}, "sparsity": SPARSE, "quantize": INT8}
 FINETUNE: dict[str, Any] = {
     "loss": {"alpha": 1, "beta": 10, "gamma": 5, "temperature": 2},
     "sparse": {"epochs": 1},
@@ -27,8 +26,13 @@ DATA = labelled(3)
 def tiny(**rest: Any) -> Compilation:
     """A tiny ViT before its first pass, with the fine-tune on."""
     document = make_rules({**TAPS, "distill": {"theta": 2.0}}, EVERYTHING, finetune=FINETUNE)
-    options = {"finetune": True, "train_data": DATA, "data": DATA, **rest}
-    return begin(seeded(TinyViT, Shape(depth=1)), images(2), document, **options)
+    return begin_training(document, **rest)
+
+
+def begin_training(document: dict[str, Any], **options: Any) -> Compilation:
+    """A tiny ViT before its first pass, with the fine-tune on and `DATA` for it."""
+    chosen = {"finetune": True, "train_data": DATA, "data": DATA, **options}
+    return begin(seeded(TinyViT, Shape(depth=1)), images(2), document, **chosen)
 
 
 def weights_of(compilation: Compilation) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from gpusq_compile import CheckFailed, CompileResult, InputError, compile_model
 from gpusq_compile.gates import Gates
 from gpusq_compile.output import digest
 from gpusq_compile.sparsity import PATTERNS, violations
-from tests.compilations import INT8, SPARSE, make_rules, session_of
+from tests.compilations import EVERYTHING, make_rules, session_of
 from tests.models import (
     CLASSES,
     Perceptron,
@@ -34,7 +34,6 @@ from tests.models import (
 
 DATA, HELD_OUT = labelled(3), labelled(3, seed=2)
 ALL: dict[str, Any] = {"op": "linear"}
-BOTH = {"id": "all", "match": ALL, "sparsity": SPARSE, "quantize": INT8}
 LAYERS = ["stem"] + [f"layers.0.{n}" for n in ("mix.wide", "mix.back", "feed.up", "feed.down")]
 
 
@@ -181,7 +180,7 @@ def test_the_weights_go_back_under_their_own_names_and_shapes(result: CompileRes
 
 
 def test_the_eager_model_with_them_is_the_deployed_one_for_weight_only_rules() -> None:
-    only_weights = {**BOTH, "quantize": {"weight": "int8", "activation": "none"}}
+    only_weights = {**EVERYTHING, "quantize": {"weight": "int8", "activation": "none"}}
     result = compile_model(tiny(), (images(2),), rules=make_rules(only_weights), finetune=False)
     eager = tiny()
     eager.load_state_dict(result.state_dict(), strict=False)
@@ -217,7 +216,7 @@ def compiled_bytes(seed: int) -> bytes:
     found = compile_model(
         seeded(Perceptron2D),
         (images(2),),
-        rules=make_rules(BOTH),
+        rules=make_rules(EVERYTHING),
         train_data=shuffled,
         calibration_data=DATA,
         steps=2,
@@ -262,13 +261,13 @@ def test_a_failed_verification_leaves_the_report_and_no_model_not_even_an_earlie
 ) -> None:
     inputs = noise(4, 32)
     compile_model(
-        seeded(Perceptron), (inputs,), rules=make_rules(BOTH), output=tmp_path,
+        seeded(Perceptron), (inputs,), rules=make_rules(EVERYTHING), output=tmp_path,
         calibration_data=[inputs], finetune=False, engine="none",
     )  # fmt: skip
     assert (tmp_path / "model.onnx").exists()
     (tmp_path / "mine.txt").write_text("mine")
     error = failing(
-        tmp_path, rules=make_rules(BOTH, precision="fp16", verify={"max_difference": 1e-9})
+        tmp_path, rules=make_rules(EVERYTHING, precision="fp16", verify={"max_difference": 1e-9})
     )
     assert error.code == "verify"
     assert "limit max_difference 1e-09" in error.message
@@ -287,7 +286,10 @@ def test_a_drop_beyond_the_gate_says_by_how_much_and_leaves_no_model(tmp_path: P
     # Labels are what the dense model says, so that pruning can only lose.
     labels = seeded(Perceptron)(inputs).argmax(dim=1)
     error = failing(
-        tmp_path, rules=make_rules(BOTH), eval_data=[(inputs, labels)], gates=Gates(max_drop=0.5)
+        tmp_path,
+        rules=make_rules(EVERYTHING),
+        eval_data=[(inputs, labels)],
+        gates=Gates(max_drop=0.5),
     )
     assert error.code == "max-drop"
     assert "from 100.00% to" in error.message
@@ -321,7 +323,7 @@ def test_an_option_that_cannot_be_is_refused_with_the_nearest_that_can(
 ) -> None:
     arguments: dict[str, Any] = {
         "example_inputs": (noise(2, 32),),
-        "rules": make_rules(BOTH),
+        "rules": make_rules(EVERYTHING),
         "output": tmp_path / "out",
         **options,
     }
@@ -340,7 +342,7 @@ def test_weights_that_are_not_finite_are_named(value: float, kind: str) -> None:
     with torch.no_grad():
         model.second.weight[3, 4] = value
     with pytest.raises(InputError) as caught:
-        compile_model(model, (noise(2, 32),), rules=make_rules(BOTH))
+        compile_model(model, (noise(2, 32),), rules=make_rules(EVERYTHING))
     assert caught.value.code == "weights-not-finite"
     assert caught.value.message.startswith(f"second.weight [32, 64] is {kind} in 1 of 2048")
 
@@ -352,7 +354,7 @@ def test_weights_of_another_type_are_refused_with_the_way_out(dtype: torch.dtype
         compile_model(
             seeded(Perceptron).to(dtype),
             (inputs,),
-            rules=make_rules(BOTH),
+            rules=make_rules(EVERYTHING),
             calibration_data=[inputs],
         )
     assert caught.value.code == "weights-not-float32"
@@ -370,7 +372,7 @@ def test_a_model_whose_own_outputs_are_nan_is_refused() -> None:
     inputs = noise(2, 32)
     with pytest.raises(InputError) as caught:
         compile_model(
-            seeded(Divides), (inputs,), rules=make_rules(BOTH), calibration_data=[inputs],
+            seeded(Divides), (inputs,), rules=make_rules(EVERYTHING), calibration_data=[inputs],
             finetune=False,
         )  # fmt: skip
     assert caught.value.code == "outputs-not-finite"
@@ -402,7 +404,7 @@ class Several(nn.Module):
 
 
 def test_outputs_of_any_shape_are_verified() -> None:
-    rule = {**BOTH, "match": {"op": "linear", "out_features": {"min": 32}}}
+    rule = {**EVERYTHING, "match": {"op": "linear", "out_features": {"min": 32}}}
     result = compile_model(
         seeded(Several), (noise(4, 32),), rules=make_rules(rule),
         calibration_data=[noise(4, 32)], finetune=False,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gpusq_compile import CompileResult, InputError, compile_model
-from tests.compilations import INT8, SPARSE, TAPS, make_rules, session_of
+from tests.compilations import EVERYTHING, TAPS, make_rules, session_of
 from tests.models import (
     Detector,
     TinyViT,
@@ -19,7 +19,6 @@ from tests.models import (
 )
 
 DATA, HELD_OUT = labelled(3), labelled(3, seed=2)
-BOTH = {"id": "all", "match": {"op": "linear"}, "sparsity": SPARSE, "quantize": INT8}
 LAYERS = ["stem"] + [f"layers.0.{n}" for n in ("mix.wide", "mix.back", "feed.up", "feed.down")]
 
 
@@ -34,7 +33,7 @@ def detector(tmp_path_factory: pytest.TempPathFactory) -> tuple[Detector, Compil
         wrapper,
         (images(2),),
         rules=make_rules(
-            TAPS, {**BOTH, "match": {"op": "linear", "in_features": {"multiple_of": 32}}}
+            TAPS, {**EVERYTHING, "match": {"op": "linear", "in_features": {"multiple_of": 32}}}
         ),
         scope="backbone",
         output=tmp_path_factory.mktemp("detector"),
@@ -104,7 +103,7 @@ def test_the_scopes_weights_go_back_into_the_whole_model(
 def test_outputs_that_hold_no_logits_are_an_error_of_the_fine_tune() -> None:
     with pytest.raises(InputError) as caught:
         compile_model(
-            seeded(Detector), (images(2),), rules=make_rules(BOTH), scope="backbone",
+            seeded(Detector), (images(2),), rules=make_rules(EVERYTHING), scope="backbone",
             train_data=DATA, calibration_data=DATA, steps=1,
         )  # fmt: skip
     assert caught.value.code == "no-logits"

@@ -25,8 +25,8 @@ from gpusq_compile.language.training import Phase, QuantizePhase
 from gpusq_compile.plan import planned
 from gpusq_compile.quantization.fake_quantize import FakeQuantize
 from gpusq_compile.sparsity import Mask
-from tests.compilations import begin, fork, make_rules, run_until
-from tests.finetuning import DATA, EVERYTHING, FINETUNE, run_phase, tiny, weights_of
+from tests.compilations import EVERYTHING, begin, fork, make_rules, run_until
+from tests.finetuning import DATA, FINETUNE, run_phase, tiny, weights_of
 from tests.models import Shape, TinyViT, images, seeded
 
 steady = settings(deadline=None, max_examples=12)  # A busy machine is no failure.
