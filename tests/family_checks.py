@@ -34,8 +34,8 @@ def compressed_layers(result: CompileResult) -> dict[str, str]:
 def check_trained(result: CompileResult, dense: Mapping[str, Tensor], *, steps: int) -> None:
     """Each phase took its steps by finite losses, and all that is trainable moved.
 
-    `dense` are the model's parameters before. The compressed layers' weights are left out: pruning
-    and rounding change them without any training.
+    `dense` are the model's parameters before. Those of the compressed layers are left out: pruning,
+    rounding and another order of channels change them without any training.
     """
     for phase in ("sparse", "quantize"):
         report = result.report["finetune"][phase]
@@ -45,7 +45,7 @@ def check_trained(result: CompileResult, dense: Mapping[str, Tensor], *, steps: 
             assert min(point["hard"], point["feature"]) > 0
     trained, compressed = result.state_dict(), compressed_layers(result)
     others = [
-        name for name in trained if name in dense and name[: -len(".weight")] not in compressed
+        name for name in trained if name in dense and name.rpartition(".")[0] not in compressed
     ]
     assert len(others) >= 8
     still = [name for name in others if torch.equal(trained[name], dense[name])]
