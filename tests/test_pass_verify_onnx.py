@@ -25,8 +25,8 @@ from gpusq_compile.lowering.runtime import (
     open_session,
     record,
     run_session,
-    same,
 )
+from gpusq_compile.output_cache import same
 from gpusq_compile.passes import verify_onnx
 from gpusq_compile.passes.verify_onnx import near_ties
 from gpusq_compile.remarks import Kind

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only, tree_unflatten
 from gpusq_compile.language.schema import Verify
 from gpusq_compile.lowering.lift import CallConvention
 from gpusq_compile.numerics import cosine_per_sample, largest_difference, spread
+from gpusq_compile.output_cache import same
 
 TIE = 0.05
 """Classes whose reference logits differ by less than this share of the logits' standard deviation
@@ -87,9 +88,7 @@ class Numerics:
         return found
 
 
-def record(
-    graph_module: torch.fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Expected:
+def record(graph_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Expected:
     """Run the graph on one batch and keep what the final file must reproduce.
 
     Of the batch a copy: a user's model may write into its inputs when it is evaluated later on.
@@ -202,14 +201,6 @@ class SessionModule(nn.Module):
         # The user's own part of the model may write into what it gets.
         copies = [result.to(self.device, copy=True) for result in results]
         return structured(copies, self.convention)
-
-
-def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
-    """Whether the tensors are equal one by one, in type, shape and values."""
-    return len(first) == len(second) and all(
-        one.dtype == other.dtype and torch.equal(one, other)
-        for one, other in zip(first, second, strict=True)
-    )
 
 
 def structured(tensors: list[torch.Tensor], convention: CallConvention) -> Any:
