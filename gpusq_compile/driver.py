@@ -57,6 +57,7 @@ def run_passes(compilation: Compilation, passes: Sequence[Pass]) -> None:
             measure(compilation, MEASURED_BEFORE[step.name], compilation.cached_ir)
         if compilation.observer is not None:
             compilation.observer.before(compilation, step.name)
+            give_back()
         run_pass(compilation, step)
         if step.name in MEASURED_AFTER:
             measure(compilation, MEASURED_AFTER[step.name], compilation.cached_ir)
@@ -76,6 +77,8 @@ def run_pass(compilation: Compilation, step: Pass) -> None:
     with console.busy(step.name, said=True):
         result = step.run(compilation)
     seconds = time.monotonic() - started
+    # What runs of other shapes left in pieces would be kept beside what the check needs.
+    give_back()
     held = state is not None and compilation.graph is not None and state.holds(compilation.graph)
     change = None
     if compilation.graph is not None and "onnx" not in compilation.facts | set(step.ensures):

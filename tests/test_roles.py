@@ -24,6 +24,7 @@ from tests.unusual_transformers import (
     ClassTokens,
     Einsum,
     LinearAttention,
+    PixelMlp,
     PixelPyramid,
     Spatial,
     StemViT,
@@ -283,6 +284,97 @@ def test_attention_of_a_class_token_alone_is_a_stage_of_its_own() -> None:
         assert roles[f"look.{name}"] == (role,)
     ends = [name for name, role in tap_roles(model, images(2)) if role == "stage_end"]
     assert [name.partition("_")[0] for name in ends] == ["body.layers.0", "add"]
+
+
+class QueriesFromTheSide(nn.Module):
+    """Two stages whose second blocks look for queries that a generator with two resolutions of its
+    own makes of the stage's first map, as in "Global Context Vision Transformers"."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 8, 2, stride=2)
+        self.stages = nn.ModuleList([QueryStage(8), QueryStage(16)])
+        self.shrink = nn.Conv2d(8, 16, 2, stride=2)
+        self.norm, self.logits = nn.LayerNorm(16), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stages[1](self.shrink(self.stages[0](self.stem(x))))
+        return self.logits(self.norm(x.mean(dim=(2, 3))))
+
+
+class QueryStage(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.generate = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1) for _ in range(2))
+        self.blocks = nn.ModuleList(PixelMlp(dim) for _ in range(2))
+        self.key, self.val, self.back = (nn.Conv2d(dim, dim, 1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        asked = x
+        for generate in self.generate:
+            asked = F.max_pool2d(asked + F.gelu(generate(asked)), 2)
+        x = x + self.blocks[0](x)
+        q, k, v = (y.flatten(2).mT[:, None] for y in (asked, self.key(x), self.val(x)))
+        found = F.scaled_dot_product_attention(q, k, v).mean(dim=(1, 2))[:, :, None, None]
+        x = x + self.back(found.expand_as(x))
+        return x + self.blocks[1](x)
+
+
+def test_what_only_makes_queries_for_the_blocks_ends_no_stage() -> None:
+    taps = tap_roles(seeded(QueriesFromTheSide), images(2, size=(2, 32, 32)))
+    ends = [name for name, role in taps if role == "stage_end"]
+    assert ends == ["stages.0", "stages.1"]
+
+
+class FromEveryStage(TinyPyramid):
+    """The maps of all stages together, as a segmentation head takes them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem_norm(self.stem(x).permute(0, 2, 3, 1))
+        found = []
+        for stage in self.stages:
+            x = stage(x)
+            found.append(x.mean(dim=(1, 2)))
+        return torch.cat(found, dim=1)
+
+
+def test_stages_that_a_head_reads_side_by_side_all_end() -> None:
+    taps = tap_roles(seeded(FromEveryStage, stages=3), images(2, size=(2, 32, 32)))
+    ends = [name for name, role in taps if role == "stage_end"]
+    assert ends == [f"stages.{stage}.1" for stage in range(3)]
+
+
+class LearnedQueries(nn.Module):
+    """A decoder: learned queries look at the encoder's tokens, and give a start for each box
+    that depends on no image ("Deformable DETR")."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = TinyViT(Shape(depth=1, classes=0))
+        self.queries = nn.Parameter(torch.randn(6, 32))
+        self.start, self.ask, self.key = nn.Linear(32, 4), nn.Linear(32, 32), nn.Linear(32, 32)
+        self.val, self.back, self.logits = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 10)
+        self.boxes, self.norm = nn.Linear(32, 4), nn.LayerNorm(32)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.body(x)
+        queries = self.queries.expand(x.shape[0], -1, -1)
+        start = self.start(queries).sigmoid()
+        q, k, v = (y[:, None] for y in (self.ask(queries), self.key(tokens), self.val(tokens)))
+        found = self.norm(queries + self.back(F.scaled_dot_product_attention(q, k, v).squeeze(1)))
+        return self.logits(found), self.boxes(found) + start
+
+
+def test_what_depends_on_the_batch_size_alone_is_no_classifier_and_is_not_tapped() -> None:
+    roles = layer_roles(seeded(LearnedQueries), images(2))
+    assert roles["start"] == ()
+    assert roles["logits"] == roles["boxes"] == ("classifier",)
+    assert roles["ask"] == ("attention_qkv",)
+    assert tap_roles(seeded(LearnedQueries), images(2)) == [
+        ("body.stem", "patch_embed"),
+        ("body.layers.0", "stage_end"),
+        ("norm", "final_projection"),
+    ]
 
 
 class Hybrid(nn.Module):

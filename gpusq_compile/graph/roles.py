@@ -13,7 +13,7 @@ and activations lie on the way from one GEMM to the next.
   normalization or residual add between.
 
 A stage is a run of residual adds that hand on one feature map, with no weight between them; an
-isotropic model has one stage.
+isotropic model has one stage. Adds that only feed the branches of other ones make no stage.
 """
 
 from __future__ import annotations
@@ -143,6 +143,7 @@ class _Search:
         self.graph = graph
         self.dependent = input_dependent(graph)
         self.by_value = value_dependent(graph)
+        self.dominators = Dominators(graph, self.by_value)
         parts = attention_parts(graph, self.dependent)
         self.attentions, self.head_mixers = parts.products, parts.head_mixers
         residuals = residual_adds(graph, self.by_value)
@@ -231,7 +232,6 @@ class _Search:
         A model without attention has them in front of its first residual block; one without any
         has the first weighted operators.
         """
-        dominators = Dominators(self.graph, self.by_value)
         behind: set[torch.fx.Node] = set()
         for node in self.graph.nodes:
             if node in self.attentions or not behind.isdisjoint(node.all_input_nodes):
@@ -239,7 +239,7 @@ class _Search:
         starts = [n for n in self.graph.nodes if n in self.attentions] or self.trunk[:1]
         found: list[torch.fx.Node] = []
         for start in starts:
-            above = (n for n in dominators.of(start) if mixes_channels(n) and n not in queries)
+            above = (n for n in self.dominators.of(start) if mixes_channels(n) and n not in queries)
             nearest = next(above, None)
             if nearest is not None and nearest not in behind and nearest not in found:
                 found.append(nearest)
@@ -269,7 +269,8 @@ class _Search:
         for output in output_nodes(self.graph):
             reachable = [output, *(walk_inputs(output, through) if through(output) else ())]
             for node in reachable:
-                if is_gemm(node) and node in self.dependent and node not in found:
+                # What is read off learned queries alone classifies nothing, whatever the batch.
+                if is_gemm(node) and node in self.by_value and node not in found:
                     found.append(node)
         return found
 
@@ -281,10 +282,13 @@ class _Search:
         One continues another if it adds to that one's result, moved or normalized at most, and has
         about as many elements: a class token makes no stage, and another resolution does.
         """
+        main = self.main_path()
         adds = [
             node
             for node in self.trunk
-            if (not embeds or node > embeds[0]) and not self.adds_queries(node, queries)
+            if node in main
+            and (not embeds or node > embeds[0])
+            and not self.adds_queries(node, queries)
         ]
         continued: set[torch.fx.Node] = set()
         for node in adds:
@@ -296,6 +300,26 @@ class _Search:
                 if size / 2 < traced_elements(source) < size * 2:
                     continued.add(source)
         return [node for node in adds if node not in continued]
+
+    def main_path(self) -> set[torch.fx.Node]:
+        """What the outputs are computed from when each residual add hands on what it skips.
+
+        What is left out only joins the branches of blocks, such as a generator of queries with
+        resolutions of its own. What all that reaches an output goes through is never left out: a
+        decoder's residual adds start from queries, and read the encoder within their branches.
+        """
+        queue = output_nodes(self.graph)
+        for output in list(queue):
+            queue += self.dominators.of(output)
+        found: set[torch.fx.Node] = set()
+        while queue:
+            node = queue.pop()
+            if node in found or node not in self.by_value:
+                continue
+            found.add(node)
+            skip = skipped(node) if node in self.in_trunk else None
+            queue += node.all_input_nodes if skip is None else [skip]
+        return found
 
     def adds_queries(self, add: torch.fx.Node, queries: set[torch.fx.Node]) -> bool:
         """Whether what skips the branch are queries: an attention that adds them to its result."""
