@@ -9,6 +9,7 @@ Needs `graph`. Rewrites, each exact:
 - fused attention on other than four axes -> on four, all that an engine knows, or spelled out;
 - patches summed into a map (`nn.Fold`) -> a transposed convolution, which engines know;
 - `rms_norm` -> its products, since ONNX has no form of it up to our opset;
+- `scatter_reduce` of a mean, or without what is there -> scatters that add;
 - a non-overlapping convolution (kernel = stride, no padding) -> patches @ linear, so that a patch
   embedding is a GEMM with reduction size C * P * P.
 Refuses an operator that cannot become ONNX, with its place in the model's source: what is found
@@ -38,6 +39,7 @@ from gpusq_compile.graph.one_form import (
 )
 from gpusq_compile.graph.products import FUSED_ATTENTION
 from gpusq_compile.graph.query import shape_of, static_shape, tensor_attribute
+from gpusq_compile.graph.scatter import spell_out_scatter
 from gpusq_compile.lowering.exportable import check_exportable
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.passes.split_attention import split
@@ -82,7 +84,8 @@ def run(compilation: Compilation) -> PassResult:
             result.skipped += 1
             result.remarks.append(analysis("patchify", f"left a convolution: {refusal}", layer))
     finish(graph_module)
-    check_exportable(graph_module.graph)
+    assert compilation.convention is not None
+    check_exportable(graph_module.graph, compilation.convention)
     return result
 
 
@@ -287,6 +290,7 @@ REWRITES: tuple[tuple[Callable[[torch.fx.GraphModule, torch.fx.Node], bool], ...
         spell_out_attention,
         fold_to_convolution,
         spell_out_rms_norm,
+        spell_out_scatter,
         copy_to_source,
         select_from_stack,
     ),

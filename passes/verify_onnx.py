@@ -32,6 +32,7 @@ from gpusq_compile.lowering.runtime import (
     Expected,
     Numerics,
     SessionModule,
+    at_its_line,
     compare,
     open_session,
     run_session,
@@ -61,10 +62,11 @@ def run(compilation: Compilation) -> PassResult:
     attentions = [plan for plan in attentions if plan.applied != Treatment()]
     broken += check_attentions(written, attentions)
     del written
-    session = open_session(path)
     answered: list[Answer] = []
-    found = answers(session, compilation.expected, answered)
-    numerics = compare(compilation.expected, found, logits_finder(compilation))
+    with at_its_line(compilation.onnx_places):
+        session = open_session(path)
+        found = answers(session, compilation.expected, answered)
+        numerics = compare(compilation.expected, found, logits_finder(compilation))
     limits = compilation.rules.verify
     if compilation.source.synthetic and numerics.disagreements is not None:
         # On noise no class is right, and which of them wins is an accident of the last digits.
