@@ -18,6 +18,8 @@ here costs no fine-tune. Guarantees `canonical`.
 
 from __future__ import annotations
 
+import itertools
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -47,6 +49,13 @@ from gpusq_compile.remarks import analysis, passed
 
 aten = torch.ops.aten
 
+CONVOLUTIONS: dict[object, int] = {
+    aten.conv1d.default: 1,
+    aten.conv2d.default: 2,
+    aten.conv3d.default: 3,
+}
+"""With the axes that each goes over."""
+IMAGE_AXES = 2
 IDENTITIES = {
     aten.dropout.default,
     aten.alias.default,
@@ -69,7 +78,7 @@ def run(compilation: Compilation) -> PassResult:
                 result.changed += 1
     for node in list(graph_module.graph.nodes):
         pad_numerically(node)
-        if node.target is not aten.conv2d.default:
+        if node.target not in CONVOLUTIONS:
             continue
         result.matched += 1
         path = str(node.args[1].target) if isinstance(node.args[1], torch.fx.Node) else node.name
@@ -183,7 +192,9 @@ def view_to_reshape(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> 
 
 
 def patchify(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> str | None:
-    """Rewrite conv2d [B, C, H, W] -> [B, N, H/P, W/Q] as patches @ linear.
+    """Rewrite a convolution [B, C, H, W] -> [B, N, H/P, W/Q] as patches @ linear.
+
+    Of one and of three axes (sequences, videos) likewise.
 
     Returns:
         None when rewritten, else the reason why not.
@@ -191,8 +202,9 @@ def patchify(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> str | N
     arguments = dict(enumerate(node.args))
     image, weight_node = arguments[0], arguments[1]
     bias = arguments.get(2)
-    stride = _pair(arguments.get(3, 1))
-    padding, dilation = arguments.get(4, 0), _pair(arguments.get(5, 1))
+    axes = CONVOLUTIONS[node.target]
+    stride = _sizes(arguments.get(3, 1), axes)
+    padding, dilation = arguments.get(4, 0), _sizes(arguments.get(5, 1), axes)
     groups = arguments.get(6, 1)
     assert isinstance(image, torch.fx.Node)
     if not isinstance(weight_node, torch.fx.Node) or weight_node.op != "get_attr":
@@ -201,21 +213,22 @@ def patchify(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> str | N
         return "the weight is shared with another operator"
     weight = tensor_attribute(graph_module, str(weight_node.target))
     out_channels, channels, *kernel = weight.shape
-    if kernel == [1, 1]:
+    if kernel == [1, 1] and axes == IMAGE_AXES:
         return "a 1x1 convolution is a GEMM as it is"
     if tuple(kernel) != stride:
         return f"patches overlap or leave gaps: kernel {tuple(kernel)}, stride {stride}"
-    if isinstance(padding, str) or _pair(padding) != (0, 0):
+    if isinstance(padding, str) or any(_sizes(padding, axes)):
         return f"padded by {padding}"
-    if dilation != (1, 1) or groups != 1:
+    if set(dilation) != {1} or groups != 1:
         return f"dilation {dilation}, groups {groups}"
     shape = shape_of(image)
-    if shape is None or len(shape) != 4 or not all(isinstance(size, int) for size in shape[1:]):
+    if shape is None or len(shape) != 2 + axes or not all(isinstance(n, int) for n in shape[1:]):
         return f"image size is not static: {shape}"
-    height, width = int(shape[2]), int(shape[3])
-    if height % kernel[0] or width % kernel[1]:
-        return f"image {height}x{width} is no multiple of the patch {kernel[0]}x{kernel[1]}"
-    rows, columns = height // kernel[0], width // kernel[1]
+    sizes = [int(size) for size in shape[2:]]
+    if any(size % part for size, part in zip(sizes, kernel, strict=True)):
+        given, patch = ("x".join(map(str, numbers)) for numbers in (sizes, kernel))
+        return f"image {given} is no multiple of the patch {patch}"
+    grid = [size // part for size, part in zip(sizes, kernel, strict=True)]
     path = str(weight_node.target)
     trainable = isinstance(weight, torch.nn.Parameter)
     set_tensor(graph_module, path, weight.detach().flatten(1), trainable=trainable)
@@ -225,16 +238,17 @@ def patchify(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> str | N
         patches = insert_call(
             graph,
             aten.reshape.default,
-            (image, [-1, channels, rows, kernel[0], columns, kernel[1]]),
+            (image, [-1, channels, *itertools.chain(*zip(grid, kernel, strict=True))]),
             provenance=node,
         )
+        places, pixels = range(2, 2 + 2 * axes, 2), range(3, 3 + 2 * axes, 2)
         ordered = insert_call(
-            graph, aten.permute.default, (patches, [0, 2, 4, 1, 3, 5]), provenance=node
+            graph, aten.permute.default, (patches, [0, *places, 1, *pixels]), provenance=node
         )
         tokens = insert_call(
             graph,
             aten.reshape.default,
-            (ordered, [-1, rows * columns, channels * kernel[0] * kernel[1]]),
+            (ordered, [-1, math.prod(grid), channels * math.prod(kernel)]),
             provenance=node,
         )
         arguments_of_linear = (tokens, flat_weight) if bias is None else (tokens, flat_weight, bias)
@@ -245,7 +259,7 @@ def patchify(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> str | N
         picture = insert_call(
             graph,
             aten.reshape.default,
-            (channels_first, [-1, out_channels, rows, columns]),
+            (channels_first, [-1, out_channels, *grid]),
             provenance=node,
         )
     node.replace_all_uses_with(picture)
@@ -265,21 +279,20 @@ def pad_numerically(node: torch.fx.Node) -> None:
     weight = arguments[1]
     assert isinstance(weight, torch.fx.Node)
     kernel = [int(size) for size in (shape_of(weight) or ())[2:]]
-    dilation = _pair(arguments[5])
+    dilation = _sizes(arguments[5], IMAGE_AXES)
     reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     if arguments[4] == "same" and any(total % 2 for total in reach):
         return
     padding = [total // 2 if arguments[4] == "same" else 0 for total in reach]
-    stride = list(_pair(arguments[3]))
+    stride = list(_sizes(arguments[3], IMAGE_AXES))
     node.target = aten.conv2d.default
     node.args = (*arguments[:3], stride, padding, list(dilation), arguments[6])
 
 
-def _pair(value: object) -> tuple[int, int]:
-    if isinstance(value, (list, tuple)):
-        first = int(value[0])
-        return first, int(value[-1])
-    return int(value), int(value)  # type: ignore[call-overload]
+def _sizes(value: Any, axes: int) -> tuple[int, ...]:
+    """A convolution's argument for each axis: one number, or a list of one, stands for all."""
+    given = tuple(int(size) for size in value) if isinstance(value, (list, tuple)) else (int(value),)
+    return given * axes if len(given) == 1 else given
 
 
 REWRITES: tuple[tuple[Callable[[torch.fx.GraphModule, torch.fx.Node], bool], ...], ...] = (

@@ -121,6 +121,16 @@ def test_a_model_without_classifier_has_none_and_its_last_norm_is_the_final_proj
     assert tap_roles(model, images(2))[-1] == ("last_norm", "final_projection")
 
 
+def test_a_layer_that_is_compiled_alone_is_no_classifier() -> None:
+    layer = nn.Linear(32, 32)
+    assert layer_roles(seeded(lambda: nn.Sequential(layer)), noise(2, 4, 32))["0"] == (
+        "patch_embed",
+        "final_projection",
+    )
+    head = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 10))
+    assert layer_roles(seeded(lambda: head), noise(2, 32)) == {"1": ("classifier",)}
+
+
 def test_every_other_block_is_no_stage_end() -> None:
     model = seeded(TinyViT, Shape(depth=3))
     ends = [name for name, role in tap_roles(model, images(2)) if role == "stage_end"]

@@ -224,7 +224,7 @@ def compare(
             largest = largest_difference(ours, theirs)
             if largest > difference:
                 difference, worst = largest, index
-        samples += len(actual[0])
+        samples += next(len(output) for output in actual if output.ndim)
         if find_logits is not None and disagreements is not None:
             ours, theirs = find_logits(actual).float(), find_logits(batch.outputs).float()
             chosen = theirs.gather(1, ours.argmax(dim=1, keepdim=True)).squeeze(1)
