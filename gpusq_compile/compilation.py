@@ -16,6 +16,7 @@ from gpusq_compile.console import Console
 from gpusq_compile.engine import EngineReport
 from gpusq_compile.errors import Location
 from gpusq_compile.finetune.checkpoint import Checkpoints
+from gpusq_compile.graph.state import GraphState
 from gpusq_compile.language.loader import Rules
 from gpusq_compile.lowering.check import StoredLayer
 from gpusq_compile.lowering.lift import CallConvention
@@ -23,6 +24,7 @@ from gpusq_compile.lowering.runtime import Expected
 from gpusq_compile.model_source import ModelSource
 from gpusq_compile.network import Network
 from gpusq_compile.options import Options
+from gpusq_compile.output_cache import Cached
 from gpusq_compile.packed_file import PackedBytes
 from gpusq_compile.processes import Processes
 from gpusq_compile.remarks import Remark
@@ -100,6 +102,7 @@ class Compilation:
     started: float = field(default_factory=time.monotonic)
     running: str = "loading"
     last_good: str = ""
+    _cached: tuple[GraphState, Cached] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -116,6 +119,13 @@ class Compilation:
         if self.graph is None:
             raise RuntimeError("no graph: the trace pass has not run")
         return self.graph
+
+    @property
+    def cached_ir(self) -> Cached:
+        """The graph, not run again on what it has been run on since it was last changed."""
+        if self._cached is None or not self._cached[0].holds(self.ir):
+            self._cached = GraphState(self.ir), Cached(self.ir)
+        return self._cached[1]
 
     def forget_module(self) -> None:
         """Drop the user's module once the graph stands for all of it.

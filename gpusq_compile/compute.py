@@ -33,6 +33,8 @@ from gpusq_compile.graph.query import (
     input_dependent,
     module_path,
     tensor_attribute,
+    traced_batch,
+    traced_shape,
     weight_source,
 )
 from gpusq_compile.plan import PLAN, LayerPlan, Treatment
@@ -188,7 +190,7 @@ def compute_figures(graph_module: torch.fx.GraphModule, precision: str) -> Compu
     """
     dependent = input_dependent(graph_module.graph)
     quantized = _quantized_products(graph_module.graph)
-    batch = _batch(graph_module.graph)
+    batch = traced_batch(graph_module.graph)
     taken: dict[str, int] = {}
     entries = []
     for node in graph_module.graph.nodes:
@@ -231,14 +233,6 @@ def _unique(node: torch.fx.Node, taken: dict[str, int]) -> str:
     name = plan.name if plan is not None else module_path(node) or node.name
     taken[name] = taken.get(name, 0) + 1
     return name if taken[name] == 1 else f"{name}#{taken[name]}"
-
-
-def _batch(graph: torch.fx.Graph) -> int:
-    """Samples in the traced batch: dimension 0 of the first input that is a tensor."""
-    for node in graph.nodes:
-        if node.op == "placeholder" and (sizes := _value_sizes(node)):
-            return sizes[0]
-    return 1
 
 
 def _factors(node: torch.fx.Node) -> set[torch.fx.Node]:
@@ -301,14 +295,7 @@ def _input_sizes(node: torch.fx.Node, index: int) -> tuple[int, ...]:
 
 def _sizes(node: torch.fx.Node) -> tuple[int, ...]:
     """The shape of the traced batch's value."""
-    sizes = _value_sizes(node)
+    sizes = traced_shape(node)
     if sizes is None:
         raise RuntimeError(f"node {node.name} has no shape")
     return sizes
-
-
-def _value_sizes(node: torch.fx.Node) -> tuple[int, ...] | None:
-    value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor):
-        return None
-    return tuple(size if isinstance(size, int) else int(size.node.hint) for size in value.shape)

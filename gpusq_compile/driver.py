@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import math
 import time
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from gpusq_compile.accuracy import measure
 from gpusq_compile.allocator import give_back
 from gpusq_compile.compilation import Compilation, PassRecord
 from gpusq_compile.errors import InternalError
-from gpusq_compile.graph.query import tensor_attribute
+from gpusq_compile.graph.state import GraphState
 from gpusq_compile.graph.text import graph_text
 from gpusq_compile.lowering.runtime import (
     at_its_line,
@@ -60,12 +59,13 @@ def run_passes(compilation: Compilation, passes: Sequence[Pass]) -> None:
                 "pass-order", f"pass '{step.name}' requires {', '.join(missing)}, not yet ensured"
             )
         if step.name in MEASURED_BEFORE:
-            measure(compilation, MEASURED_BEFORE[step.name], compilation.ir)
+            measure(compilation, MEASURED_BEFORE[step.name], compilation.cached_ir)
         if compilation.observer is not None:
             compilation.observer.before(compilation, step.name)
+            give_back()
         run_pass(compilation, step)
         if step.name in MEASURED_AFTER:
-            measure(compilation, MEASURED_AFTER[step.name], compilation.ir)
+            measure(compilation, MEASURED_AFTER[step.name], compilation.cached_ir)
         compilation.facts -= set(step.removes)
         compilation.facts |= set(step.ensures)
         give_back()
@@ -75,19 +75,22 @@ def run_passes(compilation: Compilation, passes: Sequence[Pass]) -> None:
 def run_pass(compilation: Compilation, step: Pass) -> None:
     console = compilation.console
     before = text_before(compilation, step)
-    state = None if compilation.graph is None else State(compilation.graph)
+    state = None if compilation.graph is None else GraphState(compilation.graph)
     started = time.monotonic()
     # What a pass draws does not depend on what the passes before drew: a resumed run trains less.
     seed_everything(derived_seed(compilation.options.seed, step.name))
     with console.busy(step.name, said=True):
         result = step.run(compilation)
     seconds = time.monotonic() - started
+    # What runs of other shapes left in pieces would be kept beside what the check needs.
+    give_back()
+    held = state is not None and compilation.graph is not None and state.holds(compilation.graph)
     change = None
     if compilation.graph is not None and "onnx" not in compilation.facts | set(step.ensures):
         verify_ir(compilation.graph, step.name)
         change, reference = 0.0, compilation.reference
         checked = result.changed or step.preserves is not None
-        if checked and (state is None or not state.holds(compilation.graph)):
+        if checked and not held:
             change = numerical_change(compilation)
         same = step.preserves is None or change <= step.preserves
         if not (
@@ -117,46 +120,6 @@ def run_pass(compilation: Compilation, step: Pass) -> None:
         compilation.last_good = ir_text(compilation)
 
 
-class State:
-    """What a graph computes, without its values: nodes, and which tensors at which version.
-
-    Where it still holds after a pass, nothing was rewritten, and a run could only show the same.
-    """
-
-    def __init__(self, graph_module: torch.fx.GraphModule) -> None:
-        self.nodes = [(node, *_form(node)) for node in graph_module.graph.nodes]
-        # A pass that replaces a tensor should be able to free it.
-        self.tensors = [
-            (name, weakref.ref(tensor), tensor._version)
-            for name, tensor in _tensors(graph_module).items()
-        ]
-
-    def holds(self, graph_module: torch.fx.GraphModule) -> bool:
-        now = _tensors(graph_module)
-        return (
-            self.nodes == [(node, *_form(node)) for node in graph_module.graph.nodes]
-            and [name for name, _, _ in self.tensors] == list(now)
-            and all(
-                old() is now[name] and now[name]._version == version
-                for name, old, version in self.tensors
-            )
-        )
-
-
-def _form(node: torch.fx.Node) -> tuple[object, ...]:
-    return node.op, node.target, node.args, node.kwargs
-
-
-def _tensors(graph_module: torch.fx.GraphModule) -> dict[str, torch.Tensor]:
-    """All tensors that the graph reads: parameters, buffers, and plain attributes."""
-    found = {
-        str(node.target): tensor_attribute(graph_module, str(node.target))
-        for node in graph_module.graph.nodes
-        if node.op == "get_attr"
-    }
-    return found | dict(graph_module.named_parameters()) | dict(graph_module.named_buffers())
-
-
 def numerical_change(compilation: Compilation) -> float:
     """The largest change of the graph's outputs on the probe since the last pass.
 
@@ -164,7 +127,7 @@ def numerical_change(compilation: Compilation) -> float:
     """
     args, kwargs = compilation.probe
     with torch.no_grad():
-        outputs = compilation.ir(*args, **kwargs)
+        outputs = compilation.cached_ir(*args, **kwargs)
     return change_to(compilation, tensor_leaves(outputs))
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from gpusq_compile.errors import InputError, did_you_mean
+from gpusq_compile.output_cache import Cached
 
 
 class Network:
@@ -39,8 +40,9 @@ class Network:
             InputError: the model calls the compiled graph with other sizes than it was traced for.
         """
         handle = None
-        if isinstance(stand_in, torch.fx.GraphModule):
-            handle = stand_in.register_forward_pre_hook(_check_sizes, with_kwargs=True)
+        graph = stand_in.module if isinstance(stand_in, Cached) else stand_in
+        if isinstance(graph, torch.fx.GraphModule):
+            handle = graph.register_forward_pre_hook(_check_sizes, with_kwargs=True)
         try:
             if self.scope is None:
                 yield stand_in

@@ -18,8 +18,11 @@ import torch.nn.functional as F
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.data import batches, require_calibration_data
 from gpusq_compile.errors import InputError
-from gpusq_compile.graph.query import op_of
+from gpusq_compile.graph.liveness import live_bytes
+from gpusq_compile.graph.query import op_of, traced_batch
 from gpusq_compile.graph.walk import Call, Walk
+from gpusq_compile.plan import planned
+from gpusq_compile.remarks import Remark, missed
 from gpusq_compile.sparsity import REDUCTION_AXIS
 
 WIDE = 512
@@ -29,11 +32,15 @@ alone, and kept in float32."""
 ROWS_AT_ONCE = 2048
 """Rows that are multiplied together where they are wide."""
 
+MOST_BYTES = 1 << 30
+"""What the values of all samples may take that are held at one layer: of more samples, or of larger
+ones, fewer are looked at. Each large image has many rows."""
+
 MOST_ROWS = 1 << 16
 """Rows of a linear's input that second moments are computed from; of more, every n-th is taken."""
 
-IMAGES_AT_ONCE = 8
-"""Images whose patches are unfolded together: they take kernel-size times the input's memory."""
+PATCHES_AT_ONCE = 1 << 23
+"""Numbers in the patches of the images that are unfolded together, a whole image at least."""
 
 
 def as_matrix(weight: torch.Tensor) -> torch.Tensor:
@@ -61,12 +68,17 @@ def input_rows(node: torch.fx.Node, value: torch.Tensor) -> Iterator[torch.Tenso
     stride, padding, dilation = (_pair(node, index, default) for index, default in _GEOMETRY)
     weight = node.args[1]
     assert isinstance(weight, torch.fx.Node)
-    kernel = weight.meta["val"].shape[2:]
-    for part in torch.split(value.float(), IMAGES_AT_ONCE):
-        patches = F.unfold(part, tuple(kernel), dilation, padding, stride)
-        images, columns, places = patches.shape
-        patches = patches.reshape(images, -1, math.prod(kernel), places)
-        yield patches.permute(0, 3, 2, 1).reshape(-1, columns)
+    kernel = tuple(weight.meta["val"].shape[2:])
+    image = math.ceil(value[0].numel() * math.prod(kernel) / math.prod(stride))
+    for part in torch.split(value, max(1, PATCHES_AT_ONCE // image)):
+        yield _patch_rows(F.unfold(part.float(), kernel, dilation, padding, stride), kernel)
+
+
+def _patch_rows(patches: torch.Tensor, kernel: tuple[int, ...]) -> torch.Tensor:
+    """What `unfold` gives, [images, channels x kernel, places], as rows [.., kernel x channels]."""
+    images, columns, places = patches.shape
+    patches = patches.reshape(images, -1, math.prod(kernel), places)
+    return patches.permute(0, 3, 2, 1).reshape(-1, columns)
 
 
 _GEOMETRY = ((3, 1), (4, 0), (5, 1))
@@ -171,6 +183,12 @@ def _energy(matrix: torch.Tensor, moments: torch.Tensor) -> float:
     return max(total, 0.0)
 
 
+def bytes_of_a_sample(graph: torch.fx.Graph) -> float:
+    """What one sample's values take where most are held: at one of the layers to be compressed."""
+    places = [node for node, _ in planned(graph)]
+    return live_bytes(graph, places) / traced_batch(graph)
+
+
 def looks_at_inputs(what: str) -> str:
     return f"{what} looks at the inputs of the layers"
 
@@ -196,9 +214,18 @@ class LayerInputs:
         parameters = sum(parameter.numel() for parameter in compilation.ir.parameters())
         calls: list[Call] = []
         samples = 0
+        self.remarks: list[Remark] = []
+        each = bytes_of_a_sample(compilation.ir.graph)
         for batch in batches(
             factory, name, compilation.device, compilation.rules.calibration.batches
         ):
+            if calls and (samples + batch.size) * each > MOST_BYTES:
+                text = (
+                    f"{what} looked at {samples} samples of {name}() alone: the values of more "
+                    f"would take over {MOST_BYTES >> 20} MiB at one layer"
+                )
+                self.remarks.append(missed("fewer-samples", text))
+                break
             calls.append(compilation.network.scoped_inputs(batch.inputs))
             samples += batch.size
             if most is not None and parameters * samples >= most:

@@ -87,7 +87,7 @@ def record_expected(compilation: Compilation) -> list[Expected]:
     """The fake-quantized graph's outputs on real batches; on the probe where there is no data."""
     found = some_batches(compilation.source, compilation.device, EXPECTED_BATCHES)
     calls = [compilation.network.scoped_inputs(batch.inputs) for batch in found]
-    return [record(compilation.ir, *call) for call in calls or [compilation.probe]]
+    return [record(compilation.cached_ir, *call) for call in calls or [compilation.probe]]
 
 
 def fold_weight(

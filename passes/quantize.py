@@ -226,6 +226,7 @@ def round_by_inputs(
     graph_module = compilation.ir
     damping = compilation.rules.calibration.damping
     inputs = LayerInputs(compilation, "rounding gptq")
+    result.remarks += inputs.remarks
     if compilation.source.synthetic:
         text = "no data was given, so gptq rounded for generated noise, not for real images"
         result.remarks.append(missed("synthetic-calibration", text))

@@ -47,6 +47,7 @@ def run(compilation: Compilation) -> PassResult:
     inputs = None
     if by_inputs := sorted(methods - {"magnitude"}):
         inputs = LayerInputs(compilation, f"sparsity method {' and '.join(by_inputs)}")
+        result.remarks += inputs.remarks
         if compilation.source.synthetic:
             text = "no data was given, so masks were chosen from generated noise, not real images"
             result.remarks.append(missed("synthetic-calibration", text))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -66,6 +67,27 @@ def run_here(
     assert isinstance(code, int)
     assert "Traceback" not in said.err
     return Run(code, said.out, said.err)
+
+
+class Refused:
+    """Runs `gpusq-compile ARGS -o out`, which must fail and leave no `out` behind."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.monkeypatch = monkeypatch
+        self.capsys = capsys
+
+    def __call__(self, *args: object, output: str = "out") -> Run:
+        run = compile_here(self.monkeypatch, self.capsys, *args, "-o", output)
+        check_refused(run)
+        assert not Path("out").exists()
+        return run
+
+
+def check_refused(run: Run) -> None:
+    assert run.code == 2, run
+    assert run.out == ""
+    assert "Traceback" not in run.err
+    assert len(re.findall(r"error\[", run.err)) == 1, run.err
 
 
 def start(*args: object, cwd: Path, command: Sequence[str] = COMMAND) -> subprocess.Popen[str]:

@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import torch
 import torch.fx
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from gpusq_compile.api import CompileResult
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.console import Console
 from gpusq_compile.driver import run_passes
@@ -27,6 +29,18 @@ from gpusq_compile.remarks import Kind, Remark
 
 SPARSE: dict[str, Any] = {"pattern": "2:4"}
 INT8: dict[str, Any] = {"weight": "int8"}
+EVERYTHING: dict[str, Any] = {
+    "id": "all",
+    "match": {"op": "linear"},
+    "sparsity": SPARSE,
+    "quantize": INT8,
+}
+LINEARS: dict[str, Any] = {
+    "id": "linears",
+    "match": {"op": "linear"},
+    "sparsity": SPARSE,
+    "quantize": {"weight": "int8", "activation": "int8"},
+}
 TAPS: dict[str, Any] = {
     "id": "taps",
     "match": {"role": ["patch_embed", "stage_end", "final_projection"]},
@@ -36,11 +50,10 @@ TAPS: dict[str, Any] = {
 
 def make_rules(*rules: Mapping[str, Any], precision: str = "fp32", **rest: Any) -> dict[str, Any]:
     """A rules document; without rules one that asks for 2:4 and int8 on every linear."""
-    everything = {"id": "all", "match": {"op": "linear"}, "sparsity": SPARSE, "quantize": INT8}
     return {
         "version": 1,
         "target": {"precision": precision},
-        "rules": [dict(rule) for rule in rules] or [everything],
+        "rules": [dict(rule) for rule in rules] or [dict(EVERYTHING)],
         **rest,
     }
 
@@ -134,3 +147,11 @@ def targets(compilation: Compilation) -> list[str]:
         for node in compilation.ir.graph.nodes
         if node.op in ("call_function", "call_module")
     ]
+
+
+def session_of(result: CompileResult) -> onnxruntime.InferenceSession:
+    """A session that computes what the file says; by default the runtime rounds weights anew."""
+    assert result.onnx_model is not None
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(result.onnx_model.SerializeToString(), options)

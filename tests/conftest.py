@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from gpusq_compile.packed_graph import GRAPH, WEIGHTS
+from tests.command_line import Refused
 from tests.packed_cases import Case, compile_kind
 
 # A shell that starts the tests in the background has them ignore SIGINT, and they would hand that
@@ -37,3 +38,17 @@ def copy(cases: Callable[[str], Case], tmp_path: Path) -> Path:
     for name in (WEIGHTS, GRAPH):
         shutil.copy(cases("2:4 int8").folder / name, tmp_path / name)
     return tmp_path
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder; messages name files as a person would type them here."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Refused:
+    return Refused(monkeypatch, capsys)

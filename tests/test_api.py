@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -11,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto
@@ -22,10 +20,9 @@ from gpusq_compile import CheckFailed, CompileResult, InputError, compile_model
 from gpusq_compile.gates import Gates
 from gpusq_compile.output import digest
 from gpusq_compile.sparsity import PATTERNS, violations
-from tests.compilations import INT8, SPARSE, TAPS, make_rules
+from tests.compilations import EVERYTHING, make_rules, session_of
 from tests.models import (
     CLASSES,
-    Detector,
     Perceptron,
     Shape,
     TinyViT,
@@ -37,20 +34,11 @@ from tests.models import (
 
 DATA, HELD_OUT = labelled(3), labelled(3, seed=2)
 ALL: dict[str, Any] = {"op": "linear"}
-BOTH = {"id": "all", "match": ALL, "sparsity": SPARSE, "quantize": INT8}
 LAYERS = ["stem"] + [f"layers.0.{n}" for n in ("mix.wide", "mix.back", "feed.up", "feed.down")]
 
 
 def tiny() -> TinyViT:
     return seeded(TinyViT, Shape(depth=1))
-
-
-def session_of(result: CompileResult) -> onnxruntime.InferenceSession:
-    """A session that computes what the file says; by default the runtime rounds weights anew."""
-    assert result.onnx_model is not None
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return onnxruntime.InferenceSession(result.onnx_model.SerializeToString(), options)
 
 
 # --- a whole run ---------------------------------------------------------------------------------
@@ -192,7 +180,7 @@ def test_the_weights_go_back_under_their_own_names_and_shapes(result: CompileRes
 
 
 def test_the_eager_model_with_them_is_the_deployed_one_for_weight_only_rules() -> None:
-    only_weights = {**BOTH, "quantize": {"weight": "int8", "activation": "none"}}
+    only_weights = {**EVERYTHING, "quantize": {"weight": "int8", "activation": "none"}}
     result = compile_model(tiny(), (images(2),), rules=make_rules(only_weights), finetune=False)
     eager = tiny()
     eager.load_state_dict(result.state_dict(), strict=False)
@@ -228,7 +216,7 @@ def compiled_bytes(seed: int) -> bytes:
     found = compile_model(
         seeded(Perceptron2D),
         (images(2),),
-        rules=make_rules(BOTH),
+        rules=make_rules(EVERYTHING),
         train_data=shuffled,
         calibration_data=DATA,
         steps=2,
@@ -256,98 +244,6 @@ def test_equal_seeds_give_the_same_file_bit_for_bit_and_others_do_not() -> None:
     assert compiled_bytes(12) != first
 
 
-# --- a submodule of a user's model ---------------------------------------------------------------
-
-
-def detections() -> list[tuple[Tensor, Tensor]]:
-    return DATA
-
-
-@pytest.fixture(scope="module")
-def detector(tmp_path_factory: pytest.TempPathFactory) -> tuple[Detector, CompileResult]:
-    wrapper: Detector = seeded(Detector)
-    found = compile_model(
-        wrapper,
-        (images(2),),
-        rules=make_rules(
-            TAPS, {**BOTH, "match": {"op": "linear", "in_features": {"multiple_of": 32}}}
-        ),
-        scope="backbone",
-        output=tmp_path_factory.mktemp("detector"),
-        train_data=detections,
-        calibration_data=detections,
-        eval_data=HELD_OUT,
-        logits=lambda outputs: outputs["classes"],
-        steps=2,
-        engine="none",
-    )
-    return wrapper, found
-
-
-def test_only_the_scope_is_compiled_and_written(detector: tuple[Detector, CompileResult]) -> None:
-    wrapper, result = detector
-    assert result.report["scope"] == "backbone"
-    assert [layer["name"] for layer in result.report["layers"]] == LAYERS
-    assert result.onnx_model is not None
-    [value] = result.onnx_model.graph.input
-    assert value.name == "x"  # The backbone is called by keyword.
-    [features] = session_of(result).run(None, {"x": images(3).numpy()})
-    assert features.shape == (3, 4, 32)
-    assert result.report["accuracy"]["onnx"] is not None
-    assert isinstance(wrapper.backbone, TinyViT)
-
-
-def test_the_scope_was_trained_inside_the_users_model(
-    detector: tuple[Detector, CompileResult],
-) -> None:
-    _, result = detector
-    for phase in ("sparse", "quantize"):
-        report = result.report["finetune"][phase]
-        assert report["steps"] == 2
-        assert report["loss"][0]["hard"] > 0  # The loss is on the wrapper's own logits.
-    trained = result.state_dict()["backbone.last_norm.weight"]
-    assert not torch.equal(trained, seeded(Detector).backbone.last_norm.weight)
-
-
-def test_the_compiled_scope_goes_back_into_the_users_model_and_its_own_loss(
-    detector: tuple[Detector, CompileResult],
-) -> None:
-    wrapper, result = detector
-    dense = copy.deepcopy(wrapper)
-    inside = copy.deepcopy(wrapper)
-    inside.backbone = copy.deepcopy(result.graph)  # type: ignore[assignment]
-    with torch.no_grad():
-        ours, theirs = inside(images(8))["classes"], dense(images(8))["classes"]
-    assert torch.nn.functional.cosine_similarity(ours, theirs).min() > 0.5
-    inside.train()
-    loss = inside(images(8))["boxes"].square().mean()
-    loss.backward()
-    assert inside.boxes.weight.grad is not None
-
-
-def test_the_scopes_weights_go_back_into_the_whole_model(
-    detector: tuple[Detector, CompileResult],
-) -> None:
-    wrapper, result = detector
-    eager = copy.deepcopy(wrapper)
-    state = result.state_dict()
-    missing, unexpected = eager.load_state_dict(state, strict=False)
-    assert unexpected == []
-    assert [name for name in missing if name.startswith("backbone.")] == []
-    assert torch.equal(eager.backbone.stem.weight, state["backbone.stem.weight"])
-
-
-def test_outputs_that_hold_no_logits_are_an_error_of_the_fine_tune() -> None:
-    with pytest.raises(InputError) as caught:
-        compile_model(
-            seeded(Detector), (images(2),), rules=make_rules(BOTH), scope="backbone",
-            train_data=DATA, calibration_data=DATA, steps=1,
-        )  # fmt: skip
-    assert caught.value.code == "no-logits"
-    assert "[8, 4], [8, 10]" in caught.value.message
-    assert "logits(outputs)" in str(caught.value.hint)
-
-
 # --- failed checks -------------------------------------------------------------------------------
 
 
@@ -365,13 +261,13 @@ def test_a_failed_verification_leaves_the_report_and_no_model_not_even_an_earlie
 ) -> None:
     inputs = noise(4, 32)
     compile_model(
-        seeded(Perceptron), (inputs,), rules=make_rules(BOTH), output=tmp_path,
+        seeded(Perceptron), (inputs,), rules=make_rules(EVERYTHING), output=tmp_path,
         calibration_data=[inputs], finetune=False, engine="none",
     )  # fmt: skip
     assert (tmp_path / "model.onnx").exists()
     (tmp_path / "mine.txt").write_text("mine")
     error = failing(
-        tmp_path, rules=make_rules(BOTH, precision="fp16", verify={"max_difference": 1e-9})
+        tmp_path, rules=make_rules(EVERYTHING, precision="fp16", verify={"max_difference": 1e-9})
     )
     assert error.code == "verify"
     assert "limit max_difference 1e-09" in error.message
@@ -390,7 +286,10 @@ def test_a_drop_beyond_the_gate_says_by_how_much_and_leaves_no_model(tmp_path: P
     # Labels are what the dense model says, so that pruning can only lose.
     labels = seeded(Perceptron)(inputs).argmax(dim=1)
     error = failing(
-        tmp_path, rules=make_rules(BOTH), eval_data=[(inputs, labels)], gates=Gates(max_drop=0.5)
+        tmp_path,
+        rules=make_rules(EVERYTHING),
+        eval_data=[(inputs, labels)],
+        gates=Gates(max_drop=0.5),
     )
     assert error.code == "max-drop"
     assert "from 100.00% to" in error.message
@@ -424,7 +323,7 @@ def test_an_option_that_cannot_be_is_refused_with_the_nearest_that_can(
 ) -> None:
     arguments: dict[str, Any] = {
         "example_inputs": (noise(2, 32),),
-        "rules": make_rules(BOTH),
+        "rules": make_rules(EVERYTHING),
         "output": tmp_path / "out",
         **options,
     }
@@ -443,7 +342,7 @@ def test_weights_that_are_not_finite_are_named(value: float, kind: str) -> None:
     with torch.no_grad():
         model.second.weight[3, 4] = value
     with pytest.raises(InputError) as caught:
-        compile_model(model, (noise(2, 32),), rules=make_rules(BOTH))
+        compile_model(model, (noise(2, 32),), rules=make_rules(EVERYTHING))
     assert caught.value.code == "weights-not-finite"
     assert caught.value.message.startswith(f"second.weight [32, 64] is {kind} in 1 of 2048")
 
@@ -455,7 +354,7 @@ def test_weights_of_another_type_are_refused_with_the_way_out(dtype: torch.dtype
         compile_model(
             seeded(Perceptron).to(dtype),
             (inputs,),
-            rules=make_rules(BOTH),
+            rules=make_rules(EVERYTHING),
             calibration_data=[inputs],
         )
     assert caught.value.code == "weights-not-float32"
@@ -473,7 +372,7 @@ def test_a_model_whose_own_outputs_are_nan_is_refused() -> None:
     inputs = noise(2, 32)
     with pytest.raises(InputError) as caught:
         compile_model(
-            seeded(Divides), (inputs,), rules=make_rules(BOTH), calibration_data=[inputs],
+            seeded(Divides), (inputs,), rules=make_rules(EVERYTHING), calibration_data=[inputs],
             finetune=False,
         )  # fmt: skip
     assert caught.value.code == "outputs-not-finite"
@@ -505,7 +404,7 @@ class Several(nn.Module):
 
 
 def test_outputs_of_any_shape_are_verified() -> None:
-    rule = {**BOTH, "match": {"op": "linear", "out_features": {"min": 32}}}
+    rule = {**EVERYTHING, "match": {"op": "linear", "out_features": {"min": 32}}}
     result = compile_model(
         seeded(Several), (noise(4, 32),), rules=make_rules(rule),
         calibration_data=[noise(4, 32)], finetune=False,

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.command_line import Run, compile_here, line_of, variant
-from tests.test_cli_bad_input import Refused
+from tests.command_line import Refused, Run, compile_here, line_of, variant
 
 RULES = """
 version: 1
@@ -52,13 +51,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for labels in ("hard", "required"):
         (tmp_path / f"{labels}.yaml").write_text(RULES.replace("LABELS", labels))
     return tmp_path
-
-
-@pytest.fixture
-def refused(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Refused:
-    return Refused(monkeypatch, capsys)
 
 
 def train(path: Path, labels: str = "hard") -> list[object]:

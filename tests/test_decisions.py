@@ -20,15 +20,9 @@ from gpusq_compile.finetune.distill import distillation_loss
 from gpusq_compile.finetune.taps import listen
 from gpusq_compile.finetune.teacher import frozen_copy
 from gpusq_compile.remarks import Kind
-from tests.compilations import TAPS, begin, make_rules, remarks_of, run_until
+from tests.compilations import LINEARS, TAPS, begin, make_rules, remarks_of, run_until
 from tests.models import IMAGE, images, seeded
 
-LINEARS: dict[str, Any] = {
-    "id": "linears",
-    "match": {"op": "linear"},
-    "sparsity": {"pattern": "2:4"},
-    "quantize": {"weight": "int8", "activation": "int8"},
-}
 BATCHES = [(images(8, seed=seed), torch.arange(8) % 4) for seed in (1, 2)]
 
 

@@ -17,10 +17,12 @@ RUNS = [(name, rules) for name in DETECTORS for rules in ("int8", "int4")]
 
 
 @pytest.fixture(scope="module", params=RUNS, ids=" by ".join)
-def compiled(request: pytest.FixtureRequest) -> CompileResult:
+def compiled(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, CompileResult]:
     name, rules = request.param
-    with pytest.MonkeyPatch.context() as patch:
-        return compile_example(patch, name, EXAMPLES / f"swin_backbone_{rules}.yaml")
+    output = tmp_path_factory.mktemp(name)
+    return name, compile_example(name, EXAMPLES / f"swin_backbone_{rules}.yaml", output=output)
 
 
 @pytest.mark.parametrize(
@@ -42,19 +44,22 @@ def test_a_size_that_is_none_is_named(
         compile_model(EXAMPLES / f"{file}.py", rules="int8", dry_run=True)
 
 
-def test_the_backbone_compiles_and_trains(compiled: CompileResult) -> None:
-    check_compiled(compiled, marked=27)
-    assert compiled.report["scope"] == "backbone"
+def test_the_backbone_compiles_and_trains(compiled: tuple[str, CompileResult]) -> None:
+    name, result = compiled
+    check_compiled(name, result, marked=27)
+    assert result.report["scope"] == "backbone"
 
 
-def test_its_four_stages_and_each_level_of_the_pyramid_are_tapped(compiled: CompileResult) -> None:
-    assert taps(compiled) == ["patch_embed"] + ["stage_end"] * 4 + ["final_projection"] * 5
+def test_its_four_stages_and_each_level_of_the_pyramid_are_tapped(
+    compiled: tuple[str, CompileResult],
+) -> None:
+    assert taps(compiled[1]) == ["patch_embed"] + ["stage_end"] * 4 + ["final_projection"] * 5
 
 
 def test_of_the_pyramid_the_convolutions_of_one_pixel_are_compressed(
-    compiled: CompileResult,
+    compiled: tuple[str, CompileResult],
 ) -> None:
-    pyramid = [layer for layer in compiled.report["layers"] if "fpn" in layer["name"]]
+    pyramid = [layer for layer in compiled[1].report["layers"] if "fpn" in layer["name"]]
     pointwise = [layer for layer in pyramid if layer["shape"][2:] == [1, 1]]
     assert (len(pyramid), len(pointwise)) == (8, 4)
     assert all(

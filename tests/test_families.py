@@ -1,7 +1,8 @@
 """A small member of each classification family compiles, trains and runs at any batch size.
 
-The models are timm's own, made small by their constructors, and the A-ViT of `examples/`. Nothing
-here tells the compiler what they are: roles and stages come from their graphs.
+The models are timm's own, made small by their constructors. Nothing here tells the compiler what
+they are: roles and stages come from their graphs. The families that need a file are the examples:
+A-ViT, the detectors and UperNet are tried in `test_examples_*.py`, by the same checks.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,10 +20,16 @@ from torch import Tensor, nn
 
 from gpusq_compile import compile_model
 from gpusq_compile.api import CompileResult
-from gpusq_compile.lowering.runtime import open_session, run_session, tensor_leaves
-from gpusq_compile.numerics import cosine_per_sample
+from gpusq_compile.lowering.runtime import open_session, run_session
+from tests.family_checks import (
+    check_engine,
+    check_masks,
+    check_numbers,
+    check_trained,
+    parameters_of,
+)
+from tests.models import seeded
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 RULES = ("int8", "int4")
 STEPS = 2
 CLASSES = 10
@@ -61,7 +67,6 @@ FAMILIES = {
     ),
 }
 KINDS = [(family, rules) for family in FAMILIES for rules in RULES]
-WITH_ENGINE = ("deit_distilled", "int8")
 
 
 def pictures(count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -72,29 +77,31 @@ def pictures(count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
     return images, torch.randint(0, CLASSES, (count,), generator=generator)
 
 
-def untrained(rules: str) -> dict[str, Any]:
+def untrained_model(name: str) -> nn.Module:
+    found: nn.Module = seeded(FAMILIES[name].build)
+    return found
+
+
+def untrained_rules(rules: str) -> dict[str, Any]:
     """Shipped rules for weights that were never trained: which class wins says nothing."""
     return {"version": 1, "extends": rules, "verify": {"min_top1_agreement": 0}}
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], CompileResult]:
-    """Each family by each rules file, compiled once: trained for two steps a phase, to the end."""
+    """Each family by each rules file, compiled once: trained two steps a phase, to an engine."""
 
     @cache
     def compiled(name: str, rules: str) -> CompileResult:
-        family = FAMILIES[name]
-        torch.manual_seed(0)
-        batches = [pictures(8, family.image, seed) for seed in range(2)]
-        engine = "tensorrt-rtx" if (name, rules) == WITH_ENGINE else "none"
+        batches = [pictures(8, FAMILIES[name].image, seed) for seed in range(2)]
         return compile_model(
-            family.build().eval(),
+            untrained_model(name),
             (batches[0][0][:2],),
-            rules=untrained(rules),
+            rules=untrained_rules(rules),
             train_data=batches,
             eval_data=batches,
             steps=STEPS,
-            engine=engine,
+            engine="tensorrt-rtx",
             output=tmp_path_factory.mktemp(f"{name}-{rules}"),
         )
 
@@ -108,12 +115,12 @@ Compiled = Callable[[str, str], CompileResult]
 def test_every_family_is_compressed_trained_and_verified(
     compiled: Compiled, name: str, rules: str
 ) -> None:
-    report = compiled(name, rules).report
+    result = compiled(name, rules)
+    report = result.report
     assert report["status"] == "ok"
     assert report["verify"]["ok"] is True
-    for phase in ("sparse", "quantize"):
-        assert report["finetune"][phase]["steps"] == STEPS
-        assert all(point["feature"] > 0 for point in report["finetune"][phase]["loss"])
+    check_trained(result, parameters_of(untrained_model(name)), steps=STEPS)
+    check_masks(result)
     layers = {layer["name"]: layer for layer in report["layers"]}
     wanted = [layer for layer in layers.values() if layer["role"] in FAMILIES[name].roles]
     bits = {"patch_embed": "int8"} if rules == "int4" else {}
@@ -147,24 +154,17 @@ def test_roles_and_stages_are_found_from_the_graph(compiled: Compiled, name: str
 def test_the_file_runs_at_any_batch_size(compiled: Compiled, name: str, rules: str) -> None:
     result = compiled(name, rules)
     assert result.output is not None
-    session = open_session(result.output / "model.onnx")
     images = pictures(5, FAMILIES[name].image, seed=9)[0]
-    with torch.no_grad():
-        expected = tensor_leaves(result.graph(images))
-    together = run_session(session, [images])
-    assert len(together) == 1
-    assert float(cosine_per_sample(together[0], expected[0]).min()) > (
-        0.99 if rules == "int8" else 0.8
-    )
+    check_numbers(result, images)
+    session = open_session(result.output / "model.onnx")
+    [together] = run_session(session, [images])
     for count in (1, 3):
-        part = run_session(session, [images[:count]])[0]
-        torch.testing.assert_close(part, together[0][:count], rtol=1e-2, atol=1e-2)
+        [part] = run_session(session, [images[:count]])
+        torch.testing.assert_close(part, together[:count], rtol=1e-2, atol=1e-2)
 
 
-def test_the_engine_has_every_compressed_gemm_in_int8(compiled: Compiled) -> None:
-    report = compiled(*WITH_ENGINE).report
-    target = report["engine"]["targets"]["portable"]
-    assert target["bytes"] > 0
-    marked = [layer for layer in report["layers"] if layer["applied"]["weight"]]
-    assert len(target["gemms"]) == len(marked)
-    assert {(gemm["status"], gemm["actual"]) for gemm in target["gemms"]} == {("passed", "int8")}
+@pytest.mark.parametrize(("name", "rules"), KINDS)
+def test_the_engine_has_every_compressed_gemm_in_int8(
+    compiled: Compiled, name: str, rules: str
+) -> None:
+    check_engine(compiled(name, rules))

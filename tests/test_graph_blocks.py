@@ -21,7 +21,7 @@ from gpusq_compile.graph.blocks import (
 from gpusq_compile.graph.query import output_nodes
 from gpusq_compile.graph.walk import Walk
 from gpusq_compile.plan import planned
-from tests.compilations import INT8, SPARSE, begin, make_rules, run_until
+from tests.compilations import EVERYTHING, begin, make_rules, run_until
 from tests.models import (
     Detector,
     FusedAttention,
@@ -34,8 +34,6 @@ from tests.models import (
     noise,
     seeded,
 )
-
-EVERYTHING = {"id": "all", "match": {"op": "linear"}, "sparsity": SPARSE, "quantize": INT8}
 
 
 def compiled(model: nn.Module, inputs: Any, **options: Any) -> torch.fx.GraphModule:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import combinations
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpusq_compile.obs import BLOCK, Grid, inverse_factor, sweep
 from gpusq_compile.quantization.calibrate import weight_scale
@@ -289,7 +290,13 @@ def test_what_cannot_be_swept_is_refused() -> None:
         {"kernel_size": 1, "bias": False},
     ],
 )
-def test_a_convolution_is_its_rows_times_its_matrix(arguments: dict[str, Any]) -> None:
+def test_a_convolution_is_its_rows_times_its_matrix(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = math.prod(nn.Conv2d(8, 4, **arguments).kernel_size)
+    strides = math.prod(nn.Conv2d(8, 4, **arguments).stride)
+    limit = 8 * 8 * 6 * 7 * kernel // strides
+    monkeypatch.setattr("gpusq_compile.second_moments.PATCHES_AT_ONCE", limit)
     inputs = noise(10, 8, 6, 7)
     model = seeded(Convolution, 8, 4, **arguments)
     rules = make_rules({"id": "s", "match": {"op": "conv2d"}, "sparsity": {"pattern": "2:4"}})

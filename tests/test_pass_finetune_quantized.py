@@ -15,16 +15,14 @@ from tests.compilations import (
     INT8,
     SPARSE,
     TAPS,
-    begin,
     fork,
     make_rules,
     plans_of,
     remarks_of,
     run_until,
 )
-from tests.models import Shape, TinyViT, images, labelled, seeded
+from tests.finetuning import DATA, begin_training
 
-DATA = labelled(3)
 PRUNE = {"id": "s", "match": {"op": "linear"}, "sparsity": SPARSE}
 QUANTIZE = {"id": "q", "match": {"op": "linear"}, "quantize": INT8}
 
@@ -37,9 +35,7 @@ def prepared(*rules: Any, phases: Any = None, **options: Any) -> Compilation:
         calibration={"activation": "percentile", "percentile": 90.0},
         finetune={"loss": {"alpha": 0}, **both, **(phases or {})},
     )
-    chosen: dict[str, Any] = {"finetune": True, "train_data": DATA, "data": DATA, **options}
-    model = seeded(TinyViT, Shape(depth=1))
-    return run_until(begin(model, images(2), document, **chosen), "quantize")
+    return run_until(begin_training(document, **options), "quantize")
 
 
 @pytest.fixture(scope="module")

@@ -24,9 +24,9 @@ from tests.compilations import (
     remarks_of,
     run_until,
 )
-from tests.models import Shape, TinyViT, images, labelled, seeded
+from tests.finetuning import DATA, begin_training
+from tests.models import Shape, TinyViT, images, seeded
 
-DATA = labelled(3)
 ALL = {"op": "linear"}
 PRUNE = {"id": "s", "match": ALL, "sparsity": SPARSE}
 QUANTIZE = {"id": "q", "match": ALL, "quantize": INT8}
@@ -36,9 +36,7 @@ def tuned(*rules: Any, finetune: Any = None, **options: Any) -> Compilation:
     document = make_rules(
         *rules, finetune={"sparse": {"epochs": 2, "lr": 1e-3}, **(finetune or {})}
     )
-    chosen: dict[str, Any] = {"finetune": True, "train_data": DATA, "data": DATA, **options}
-    model = seeded(TinyViT, Shape(depth=1))
-    return run_until(begin(model, images(2), document, **chosen), "finetune_sparse")
+    return run_until(begin_training(document, **options), "finetune_sparse")
 
 
 @pytest.fixture(scope="module")

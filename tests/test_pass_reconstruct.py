@@ -22,6 +22,7 @@ from gpusq_compile.remarks import Kind
 from gpusq_compile.report.terminal import finetune_lines
 from gpusq_compile.sparsity import PATTERNS, Mask, violations
 from tests.compilations import (
+    EVERYTHING,
     INT8,
     SPARSE,
     begin,
@@ -35,7 +36,6 @@ from tests.models import Detector, GeluMlp, Perceptron, TinyViT, images, noise, 
 
 DATA = [images(8, seed=seed) for seed in (11, 12, 13)]
 HELD_OUT = [images(8, seed=seed) for seed in (21, 22)]
-EVERYTHING = {"id": "all", "match": {"op": "linear"}, "sparsity": SPARSE, "quantize": INT8}
 CLASSIFIER = {"id": "c", "match": {"role": "classifier"}, "sparsity": "none", "quantize": "none"}
 SETTINGS = {"steps": 30, "lr": 1e-3, "scale_lr": 1e-3, "batches": 3}
 

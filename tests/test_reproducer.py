@@ -12,10 +12,9 @@ from gpusq_compile import InternalError, compile_model
 from gpusq_compile.language.loader import load_rules
 from gpusq_compile.passes import fold
 from tests.command_line import ONE_SHOT, TINY, compile_here
-from tests.compilations import INT8, SPARSE, make_rules
+from tests.compilations import EVERYTHING, make_rules
 from tests.models import Perceptron, noise, seeded
 
-BOTH = {"id": "all", "match": {"op": "linear"}, "sparsity": SPARSE, "quantize": INT8}
 FILES = ["README.txt", "about.json", "at_crash.txt", "last_good.txt", "rules.yaml", "traceback.txt"]
 
 
@@ -25,7 +24,7 @@ def crash(*_: object) -> None:
 
 def compiled(**options: Any) -> Any:
     return compile_model(
-        seeded(Perceptron), (noise(2, 32),), rules=make_rules(BOTH),
+        seeded(Perceptron), (noise(2, 32),), rules=make_rules(EVERYTHING),
         calibration_data=[noise(2, 32)], finetune=False, command=["gpusq-compile", "it.py"],
         **options,
     )  # fmt: skip
@@ -63,7 +62,7 @@ def test_its_rules_can_be_compiled_with_again(
     with pytest.raises(InternalError):
         compiled(output=tmp_path)
     again = load_rules(tmp_path / "repro" / "rules.yaml")
-    assert again.as_dict() == load_rules(make_rules(BOTH)).as_dict()
+    assert again.as_dict() == load_rules(make_rules(EVERYTHING)).as_dict()
 
 
 def test_the_last_good_graph_is_not_the_one_that_the_pass_half_changed(

@@ -29,11 +29,10 @@ from gpusq_compile.finetune.checkpoint import (
     restore_random_state,
 )
 from tests.command_line import compile_here, finish, start, variant
-from tests.compilations import INT8, SPARSE, TAPS, make_rules
+from tests.compilations import EVERYTHING, TAPS, make_rules
 from tests.models import Shape, TinyViT, images, labelled, seeded
 
 DATA = labelled(3)
-EVERYTHING = {"id": "all", "match": {"op": "linear"}, "sparsity": SPARSE, "quantize": INT8}
 SMALL_STEPS = {"lr": 1e-3}
 FINETUNE: dict[str, Any] = {
     "sparse": {**SMALL_STEPS, "max_steps": 5, "epochs": 9, "keep": "best", "eval_every": 2},

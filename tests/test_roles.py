@@ -371,9 +371,7 @@ class LearnedQueries(nn.Module):
         queries = self.queries.expand(x.shape[0], -1, -1)
         start = self.start(queries).sigmoid()
         q, k, v = (y[:, None] for y in (self.ask(queries), self.key(tokens), self.val(tokens)))
-        found = self.norm(
-            queries + self.back(F.scaled_dot_product_attention(q, k, v).squeeze(1))
-        )
+        found = self.norm(queries + self.back(F.scaled_dot_product_attention(q, k, v).squeeze(1)))
         return self.logits(found), self.boxes(found) + start
 
 

@@ -19,7 +19,7 @@ from gpusq_compile.data import Batch, batches, check_data, require_train_data
 from gpusq_compile.errors import InputError
 from gpusq_compile.finetune.taps import features_of, listen, taps_of
 from gpusq_compile.finetune.user_loss import UserLoss, has_logits, user_loss
-from tests.compilations import TAPS, begin, make_rules, run_until
+from tests.compilations import LINEARS, TAPS, begin, make_rules, run_until
 from tests.detectors import (
     TinySegmenter,
     best_overlap,
@@ -32,12 +32,6 @@ from tests.detectors import (
 )
 from tests.models import Shape, TinyViT, images, labelled, seeded
 
-LINEARS: dict[str, Any] = {
-    "id": "linears",
-    "match": {"op": "linear"},
-    "sparsity": {"pattern": "2:4"},
-    "quantize": {"weight": "int8", "activation": "int8"},
-}
 WHERE = "train_data() batch of step 1"
 PICTURES = ([torch.rand(3, 64, 64), torch.rand(3, 64, 64)],)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.fx
+from torch.utils._pytree import tree_leaves
 
 from gpusq_compile.errors import Location, relative_to_cwd
 from gpusq_compile.user_code import is_users
@@ -80,6 +81,22 @@ def elements_of(node: torch.fx.Node) -> object:
     return count if isinstance(count, int) else count.node.expr
 
 
+def traced_shape(node: torch.fx.Node) -> tuple[int, ...] | None:
+    """The shape with the batch that it was traced on; None if it is no tensor."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return None
+    return tuple(size if isinstance(size, int) else int(size.node.hint) for size in value.shape)
+
+
+def traced_batch(graph: torch.fx.Graph) -> int:
+    """Samples in the traced batch: dimension 0 of the first input that is a tensor."""
+    for node in graph.nodes:
+        if node.op == "placeholder" and (shape := traced_shape(node)):
+            return shape[0]
+    return 1
+
+
 def traced_elements(node: torch.fx.Node) -> int:
     """How many elements a tensor has with the batch that it was traced on; 0 of what is none, and
     where it depends on values."""
@@ -88,6 +105,14 @@ def traced_elements(node: torch.fx.Node) -> int:
         return 0
     count = value.numel()
     return int(count if isinstance(count, int) else count.node.hint or 0)
+
+
+def traced_bytes(node: torch.fx.Node) -> int:
+    """The memory of a node's value, one tensor or several, with the batch that it was traced on."""
+    tensors = [leaf for leaf in tree_leaves(node.meta.get("val")) if torch.is_tensor(leaf)]
+    counts = [tensor.numel() for tensor in tensors]
+    known = [count if isinstance(count, int) else int(count.node.hint or 0) for count in counts]
+    return sum(n * tensor.element_size() for n, tensor in zip(known, tensors, strict=True))
 
 
 def tensor_attribute(graph_module: torch.fx.GraphModule, path: str) -> torch.Tensor:

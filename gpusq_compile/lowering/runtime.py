@@ -99,9 +99,7 @@ class Numerics:
         return found
 
 
-def record(
-    graph_module: torch.fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Expected:
+def record(graph_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Expected:
     """Run the graph on one batch and keep what the final file must reproduce."""
     with torch.no_grad():
         outputs = graph_module(*args, **kwargs)

@@ -1,0 +1,94 @@
+"""What is held at a layer: each value once, views with what they look at, until its last reader."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gpusq_compile import second_moments
+from gpusq_compile.graph.liveness import live_bytes
+from gpusq_compile.graph.query import op_of
+from gpusq_compile.graph.walk import Walk
+from gpusq_compile.plan import planned
+from tests.compilations import begin, make_rules, remarks_of, run_until
+from tests.models import Attention, Shape, TinyViT, images, labelled, noise, seeded
+
+FLOAT = 4
+
+
+class Residual(nn.Module):
+    """Holds its input over two linears, and a view of the first one's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = F.relu(self.up(x))
+        return x + self.down(hidden.reshape(-1, 2, 32).transpose(1, 2).reshape(-1, 64))
+
+
+def test_values_count_until_their_last_reader_and_views_do_not_count() -> None:
+    graph = run_until(begin(seeded(Residual), noise(2, 32), make_rules()), "mark").ir.graph
+    up, down = [node for node in graph.nodes if op_of(node) == "linear"]
+    assert live_bytes(graph, [up]) == 2 * 32 * FLOAT, "the input"
+    assert live_bytes(graph, [down]) == 2 * (32 + 64) * FLOAT, "the input and what relu gave"
+    assert live_bytes(graph, [up, down]) == 2 * (32 + 64) * FLOAT, "the most of them"
+    assert live_bytes(graph, []) == 0
+
+
+@pytest.mark.parametrize("attention", ["fused", "separate", "softmax"])
+def test_it_is_what_a_walk_holds(attention: Attention) -> None:
+    model = seeded(TinyViT, Shape(depth=2, attention=attention))
+    compilation = run_until(begin(model, images(2), make_rules()), "mark")
+    walk = Walk(compilation.ir, [compilation.probe])
+    for node, _ in planned(compilation.ir.graph):
+        walk.run_to(node)
+        held = [value for value in walk.runs[0].env.values() if isinstance(value, torch.Tensor)]
+        storages = {value.untyped_storage().data_ptr(): value.untyped_storage() for value in held}
+        # Its last argument is still needed, and so is what a view of it looks at.
+        inputs = sum(storage.nbytes() for storage in storages.values())
+        assert inputs <= live_bytes(compilation.ir.graph, [node]) <= 1.5 * inputs
+
+
+def method(name: str) -> dict[str, Any]:
+    sparsity = {"pattern": "2:4", "method": name}
+    return {"id": "all", "match": {"op": "linear"}, "sparsity": sparsity}
+
+
+def test_of_many_samples_only_those_are_looked_at_whose_values_may_be_held(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def masks_after(batches: int) -> tuple[dict[str, torch.Tensor], list[str]]:
+        data = labelled(4)[:batches]
+        model = seeded(TinyViT, Shape(depth=1))
+        compilation = begin(model, images(2), make_rules(method("obs")), data=data)
+        run_until(compilation, "sparsify")
+        masks = {n: v for n, v in compilation.ir.named_buffers() if n.endswith("mask")}
+        said = [r.reason for r in remarks_of(compilation, "sparsify") if r.code == "fewer-samples"]
+        return masks, said
+
+    everything, said = masks_after(4)
+    assert not said
+    two, _ = masks_after(2)
+    assert any(not torch.equal(everything[name], two[name]) for name in two)
+
+    model = begin(seeded(TinyViT, Shape(depth=1)), images(2), make_rules(method("obs")))
+    each = second_moments.bytes_of_a_sample(run_until(model, "mark").ir.graph)
+    monkeypatch.setattr(second_moments, "MOST_BYTES", int(each * 2.5 * len(labelled(1)[0][0])))
+    limited, said = masks_after(4)
+    assert said == [
+        f"sparsity method obs looked at {2 * len(labelled(1)[0][0])} samples of "
+        "calibration_data() alone: the values of more would take over 0 MiB at one layer"
+    ]
+    assert all(torch.equal(limited[name], two[name]) for name in two)
+
+    monkeypatch.setattr(second_moments, "MOST_BYTES", 0)
+    one, said = masks_after(4)
+    assert len(said) == 1
+    first, _ = masks_after(1)
+    assert all(torch.equal(one[name], first[name]) for name in first)
