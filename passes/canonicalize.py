@@ -291,7 +291,9 @@ def pad_numerically(node: torch.fx.Node) -> None:
 
 def _sizes(value: Any, axes: int) -> tuple[int, ...]:
     """A convolution's argument for each axis: one number, or a list of one, stands for all."""
-    given = tuple(int(size) for size in value) if isinstance(value, (list, tuple)) else (int(value),)
+    given = (
+        tuple(int(size) for size in value) if isinstance(value, (list, tuple)) else (int(value),)
+    )
     return given * axes if len(given) == 1 else given
 
 

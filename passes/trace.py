@@ -106,9 +106,7 @@ def frozen_parameters(module: torch.nn.Module) -> frozenset[str]:
     return frozenset(names) if len(names) < len(list(module.parameters())) else frozenset()
 
 
-def check_outputs(
-    outputs: Any, again: Any, place: Location | None = None
-) -> list[torch.Tensor]:
+def check_outputs(outputs: Any, again: Any, place: Location | None = None) -> list[torch.Tensor]:
     """The tensors of a model's outputs, which must be finite and the same for the same inputs.
 
     Args:

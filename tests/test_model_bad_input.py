@@ -16,7 +16,7 @@ MODEL = "def model():  # made here\n    return "
 
 
 def forward(*lines: str) -> str:
-    """A model file's end, with a network whose `forward` does something else with the logits `y`."""
+    """A model file's end, with a network that does something else with its logits `y`."""
     body = "".join(f"        {line}\n" for line in lines)
     return (
         "class Odd(TinyNet):\n    calls = 0\n\n    def forward(self, x):\n"

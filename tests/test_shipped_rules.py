@@ -92,7 +92,7 @@ def test_a_scope_of_one_layer_compiles_by_each_file(name: str, tmp_path: Path) -
     scope = "layers.0.feed.up"
     compilation = begin(model, images(4), {"version": 1, "extends": name}, tmp_path, scope=scope)
     [plan] = plans_of(run_until(compilation, "mark")).values()
-    assert plan.applied != Treatment()
+    assert plan.sparsity or plan.quantize
     assert not remarks_of(compilation, "mark", Kind.MISSED)
 
 

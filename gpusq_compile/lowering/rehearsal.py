@@ -107,8 +107,8 @@ def _program(
         if isinstance(node.meta["val"], torch.Tensor):
             results.append(result)
             continue
-        for user in node.users:
-            results.append(graph.node_copy(user, lambda _, made=result: made))
+        values[node] = result
+        results += [graph.node_copy(user, values.__getitem__) for user in node.users]
     graph.output(tuple(results))
     decompose(graph)
     [output] = [node for node in graph.nodes if node.op == "output"]
