@@ -28,7 +28,7 @@ class Cached(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         inputs = _tensors((args, kwargs))
         for known, outputs in self._kept:
-            if _same(known, inputs):
+            if same(known, inputs):
                 return _copy(outputs)
         outputs = self.module(*args, **kwargs)
         size = sum(tensor.nbytes for tensor in [*inputs, *_tensors(outputs)])
@@ -46,7 +46,8 @@ def _copy(tree: Any) -> Any:
     return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, tree)
 
 
-def _same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+    """Whether the tensors are equal one by one, in type, device, shape and values."""
     return len(first) == len(second) and all(
         one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
         for one, other in zip(first, second, strict=True)

@@ -7,7 +7,8 @@ Needs `graph`. Rewrites, each exact:
 - products in other words (`baddbmm`, an `einsum` of two factors) -> `matmul`, and products with a
   stored weight (`x @ w.T`, `addmm`) -> `linear`, so that attention and GEMMs have one form;
 - fused attention on other than four axes -> on four, all that an engine knows, or spelled out;
-- patches summed into a map (`nn.Fold`) -> a transposed convolution, which engines know;
+- patches summed into a map (`nn.Fold`) -> a permutation or a transposed convolution, which engines
+  know;
 - `rms_norm` -> its products, since ONNX has no form of it up to our opset;
 - `scatter_reduce` of a mean, or without what is there -> scatters that add;
 - a non-overlapping convolution (kernel = stride, no padding) -> patches @ linear, so that a patch
@@ -29,7 +30,7 @@ import torch.fx
 
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.graph.attention import fused_arguments
-from gpusq_compile.graph.col2im import fold_to_convolution
+from gpusq_compile.graph.col2im import spell_out_fold
 from gpusq_compile.graph.edit import bypass, finish, insert_call, insert_get_attr, set_tensor
 from gpusq_compile.graph.norms import spell_out_rms_norm
 from gpusq_compile.graph.one_form import (
@@ -40,7 +41,7 @@ from gpusq_compile.graph.one_form import (
     product_to_linear,
 )
 from gpusq_compile.graph.products import FUSED_ATTENTION
-from gpusq_compile.graph.query import shape_of, static_shape, tensor_attribute
+from gpusq_compile.graph.query import module_path, shape_of, static_shape, tensor_attribute
 from gpusq_compile.graph.scatter import spell_out_scatter
 from gpusq_compile.lowering.exportable import check_exportable
 from gpusq_compile.pass_base import Pass, PassResult
@@ -76,6 +77,16 @@ def run(compilation: Compilation) -> PassResult:
             if any(rewrite(graph_module, node) for rewrite in rewrites):
                 result.matched += 1
                 result.changed += 1
+    for node in graph_module.graph.find_nodes(op="call_function", target=aten.col2im.default):
+        result.matched += 1
+        layer = module_path(node) or node.name
+        refusal = spell_out_fold(graph_module, node)
+        if refusal is None:
+            result.changed += 1
+        else:
+            result.skipped += 1
+            text = f"left as Col2Im, which no TensorRT reads: {refusal}"
+            result.remarks.append(analysis("col2im", text, layer))
     for node in list(graph_module.graph.nodes):
         pad_numerically(node)
         if node.target not in CONVOLUTIONS:
@@ -303,7 +314,6 @@ REWRITES: tuple[tuple[Callable[[torch.fx.GraphModule, torch.fx.Node], bool], ...
         product_to_linear,
         attention_to_four_axes,
         spell_out_attention,
-        fold_to_convolution,
         spell_out_rms_norm,
         spell_out_scatter,
         copy_to_source,

@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.errors import CheckFailed
@@ -23,8 +23,10 @@ from gpusq_compile.lowering.runtime import (
     SessionModule,
     compare,
     open_session,
+    record,
     run_session,
 )
+from gpusq_compile.output_cache import same
 from gpusq_compile.passes import verify_onnx
 from gpusq_compile.passes.verify_onnx import near_ties
 from gpusq_compile.remarks import Kind
@@ -281,8 +283,37 @@ def test_only_small_outputs_are_kept_to_measure_with(
     assert torch.equal(outputs[0], of_one)
 
 
-def test_one_run_and_many_runs_compute_the_same(ready: Compilation) -> None:
+def test_one_run_takes_the_graph_as_it_is_and_many_the_same_results_of_a_folded_one(
+    ready: Compilation,
+) -> None:
     path = run_until(ready, "verify_onnx").workdir / "model.onnx"
-    [once] = run_session(open_session(path, runs=1), [images(3)])
-    [often] = run_session(open_session(path), [images(3)])
+    one, many = open_session(path, runs=1), open_session(path)
+    levels = onnxruntime.GraphOptimizationLevel
+    assert level_of(one) == levels.ORT_DISABLE_ALL
+    assert level_of(many) == level_of(open_session(path, runs=2)) == levels.ORT_ENABLE_BASIC
+    [once], [often] = run_session(one, [images(3)]), run_session(many, [images(3)])
     torch.testing.assert_close(once, often)
+
+
+def level_of(session: onnxruntime.InferenceSession) -> onnxruntime.GraphOptimizationLevel:
+    return session.get_session_options().graph_optimization_level
+
+
+def test_inputs_of_another_type_are_other_inputs() -> None:
+    whole = torch.tensor([0, 1])
+    assert same([whole], [whole.clone()])
+    assert not same([whole], [whole.int()])
+    assert not same([whole], [whole.float()])
+    assert not same([whole], [whole[:1]])
+    assert not same([whole], [])
+
+
+def test_what_is_recorded_is_no_tensor_of_the_users(ready: Compilation) -> None:
+    given = images(2)
+    expected = record(ready.ir, (given,), {})
+    given.zero_()
+    [output] = expected.outputs
+    assert torch.equal(ready.ir(*expected.inputs), output)
+    echo = record(torch.fx.symbolic_trace(nn.Identity()), (given,), {})
+    given.fill_(1.0)
+    assert not echo.outputs[0].any()

@@ -16,13 +16,14 @@ import onnxruntime.capi.onnxruntime_pybind11_state as ort_state
 import torch
 import torch.fx
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map_only, tree_unflatten
 
 from gpusq_compile.errors import CheckFailed, Location
 from gpusq_compile.language.schema import Verify
 from gpusq_compile.lowering.lift import CallConvention
 from gpusq_compile.lowering.to_onnx import WAY_OUT
 from gpusq_compile.numerics import cosine_per_sample, largest_difference, spread
+from gpusq_compile.output_cache import same
 
 TIE = 0.05
 """Classes whose reference logits differ by less than this share of the logits' standard deviation
@@ -100,8 +101,12 @@ class Numerics:
 
 
 def record(graph_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Expected:
-    """Run the graph on one batch and keep what the final file must reproduce."""
+    """Run the graph on one batch and keep what the final file must reproduce.
+
+    Of the batch a copy: a user's model may write into its inputs when it is evaluated later on.
+    """
     with torch.no_grad():
+        args, kwargs = tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
         outputs = graph_module(*args, **kwargs)
     return Expected(tensor_leaves((args, kwargs)), [leaf.cpu() for leaf in tensor_leaves(outputs)])
 
@@ -112,13 +117,15 @@ def tensor_leaves(tree: Any) -> list[torch.Tensor]:
 
 
 def open_session(model: Path | bytes, *, runs: int | None = None) -> onnxruntime.InferenceSession:
-    """A CPU session, of a file or a serialized model, that computes each operator as ONNX says.
+    """A CPU session, of a file or a serialized model, that computes Q/DQ as ONNX says.
 
-    Fusing Q/DQ into integer kernels would saturate on processors without VNNI and measure the
-    processor, not the file; other fusions round elsewhere than the file says, and finding them
-    takes longer and three times the memory of the session. What remains is to fold constants, the
-    weights' dequantization among them: worth it from the second of the `runs` on, None standing
-    for many.
+    Fused into integer kernels, they would saturate on processors without VNNI and measure the
+    processor, not the file. The graph of a single run is taken as it is. From the second of `runs`
+    on, None standing for many, ONNX Runtime's basic rewrites are worth their time: they fold
+    constants, dequantized weights among them, and fuse such as Conv with BatchNormalization. Its
+    further fusions round elsewhere than the file says, and take three times the session's memory.
+
+    Source: ONNX Runtime, "Graph Optimizations in ONNX Runtime".
 
     Raises:
         CheckFailed: ONNX Runtime cannot take the model.
@@ -260,11 +267,6 @@ class SessionModule(nn.Module):
         # The user's own part of the model may write into what it gets.
         copies = [result.to(self.device, copy=True) for result in results]
         return structured(copies, self.convention)
-
-
-def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
-    """Whether the tensors are equal, one by one."""
-    return len(first) == len(second) and all(map(torch.equal, first, second))
 
 
 def structured(tensors: list[torch.Tensor], convention: CallConvention) -> Any:
