@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import re
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from gpusq_compile.language.schema import Verify
 from gpusq_compile.lowering.lift import CallConvention
 from gpusq_compile.lowering.to_onnx import WAY_OUT
 from gpusq_compile.numerics import cosine_per_sample, largest_difference, spread
-from gpusq_compile.output_cache import same
 
 TIE = 0.05
 """Classes whose reference logits differ by less than this share of the logits' standard deviation
@@ -42,10 +41,6 @@ class Expected:
 
     inputs: list[torch.Tensor]
     outputs: list[torch.Tensor]
-
-
-Answer = tuple[list[torch.Tensor], list[torch.Tensor]]
-"""A batch of flat inputs, and the runtime's flat outputs for it."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +239,6 @@ class SessionModule(nn.Module):
     """The runtime in the place of the compiled module, for the user's model around it.
 
     It returns what the module returned: tensors from the runtime, anything else as recorded.
-    Batches that the runtime has `answered` already are not run again.
     """
 
     def __init__(
@@ -252,21 +246,18 @@ class SessionModule(nn.Module):
         session: onnxruntime.InferenceSession,
         convention: CallConvention,
         device: torch.device,
-        answered: Sequence[Answer] = (),
     ) -> None:
         super().__init__()
         self.session = session
         self.convention = convention
         self.device = device
-        self.answered = answered
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        inputs = tensor_leaves((args, kwargs))
-        found = next((outputs for known, outputs in self.answered if same(known, inputs)), None)
-        results = run_session(self.session, inputs) if found is None else found
-        # The user's own part of the model may write into what it gets.
-        copies = [result.to(self.device, copy=True) for result in results]
-        return structured(copies, self.convention)
+        return self.restored(run_session(self.session, tensor_leaves((args, kwargs))))
+
+    def restored(self, results: list[torch.Tensor]) -> Any:
+        """The module's outputs from the runtime's."""
+        return structured([result.to(self.device) for result in results], self.convention)
 
 
 def structured(tensors: list[torch.Tensor], convention: CallConvention) -> Any:
