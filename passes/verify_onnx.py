@@ -30,6 +30,7 @@ from gpusq_compile.lowering.runtime import (
     Expected,
     Numerics,
     SessionModule,
+    at_its_line,
     compare,
     open_session,
     run_session,
@@ -57,12 +58,13 @@ def run(compilation: Compilation) -> PassResult:
     attentions = [plan for plan in attentions if plan.applied != Treatment()]
     broken += check_attentions(written, attentions)
     del written
-    session = open_session(path)
     assert compilation.convention is not None
-    runtime = SessionModule(session, compilation.convention, compilation.device)
-    stand_in = Cached(runtime)
-    found = answers(stand_in, runtime, compilation.expected)
-    numerics = compare(compilation.expected, found, logits_finder(compilation))
+    with at_its_line(compilation.onnx_places):
+        session = open_session(path)
+        runtime = SessionModule(session, compilation.convention, compilation.device)
+        stand_in = Cached(runtime)
+        found = answers(stand_in, runtime, compilation.expected)
+        numerics = compare(compilation.expected, found, logits_finder(compilation))
     limits = compilation.rules.verify
     if compilation.source.synthetic and numerics.disagreements is not None:
         # On noise no class is right, and which of them wins is an accident of the last digits.
