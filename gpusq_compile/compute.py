@@ -1,7 +1,8 @@
 """What one sample costs to compute: multiply-accumulates, bit operations, equivalent FLOPs.
 
 - MACs: multiply-accumulates of every linear, convolution and attention product, counted on the
-  graph. Softmax, normalizations and activation functions are left out, as everyone leaves them out.
+  graph. Softmax, normalizations and activation functions are left out, as everyone leaves them out,
+  and convolutions that a pass inserted with constants of zeros and ones, to move and add values.
 - FLOPs: two per MAC. GPUSQ-ViT's tables, like most, print MACs under that name.
 - Bit operations: MACs x weight bits x activation bits x density, where density is the share of
   weights that a mask leaves. An attention product has two activations for factors.
@@ -29,6 +30,7 @@ import torch.fx
 from gpusq_compile.attention_plan import ATTENTION_PLAN, AttentionPlan
 from gpusq_compile.execution import takes_sparse_kernels
 from gpusq_compile.graph.attention import find_attentions
+from gpusq_compile.graph.edit import NAMESPACE
 from gpusq_compile.graph.query import (
     input_dependent,
     module_path,
@@ -60,7 +62,15 @@ LINEAR = frozenset(
         aten.conv3d.padding,
     }
 )
-TRANSPOSED = frozenset({aten.conv_transpose1d.default, aten.conv_transpose2d.input})
+TRANSPOSED = frozenset(
+    {
+        aten.conv_transpose1d.default,
+        aten.conv_transpose2d.input,
+        aten.conv_transpose3d.input,
+    }
+)
+EITHER = aten.convolution.default
+"""Plain or transposed, as its seventh argument says."""
 PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default, aten.mm.default})
 SUMMED_PRODUCTS = frozenset({aten.addmm.default, aten.baddbmm.default})
 
@@ -222,7 +232,7 @@ def _entry(
     applied = plan.applied if plan is not None else Treatment()
     activation = applied.activation or precision
     kind: Kind = "gemm"
-    if node.target not in LINEAR | TRANSPOSED and len(_factors(node) & dependent) != 1:
+    if node.target not in LINEAR | TRANSPOSED | {EITHER} and len(_factors(node) & dependent) != 1:
         kind = "attention"
     weight = applied.weight or (activation if kind == "attention" else precision)
     return ComputeEntry(name, kind, macs, weight, activation, applied.sparsity)
@@ -243,10 +253,13 @@ def _factors(node: torch.fx.Node) -> set[torch.fx.Node]:
 
 def _macs(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> int | None:
     """Multiply-accumulates of the traced batch, None for an operator that does not multiply."""
-    if node.target in LINEAR:
-        return math.prod(_sizes(node)) * math.prod(_weight_sizes(graph_module, node)[1:])
-    if node.target in TRANSPOSED:
+    if node.target is EITHER and _is_inserted(weight_source(node)):
+        return None
+    transposed = node.target in TRANSPOSED or (node.target is EITHER and node.args[6])
+    if transposed:
         return math.prod(_input_sizes(node, 0)) * math.prod(_weight_sizes(graph_module, node)[1:])
+    if node.target in LINEAR or node.target is EITHER:
+        return math.prod(_sizes(node)) * math.prod(_weight_sizes(graph_module, node)[1:])
     if node.target is aten.scaled_dot_product_attention.default:
         keys = _input_sizes(node, 1)[-2]
         return (math.prod(_input_sizes(node, 0)) + math.prod(_sizes(node))) * keys
@@ -257,6 +270,10 @@ def _macs(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> int | None
     if node.target is aten.einsum.default:
         return _einsum_macs(node)
     return None
+
+
+def _is_inserted(weight: torch.fx.Node | None) -> bool:
+    return weight is not None and str(weight.target).startswith(f"{NAMESPACE}.")
 
 
 def _einsum_macs(node: torch.fx.Node) -> int | None:

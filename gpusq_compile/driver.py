@@ -18,7 +18,12 @@ from gpusq_compile.compilation import Compilation, PassRecord
 from gpusq_compile.errors import InternalError
 from gpusq_compile.graph.state import GraphState
 from gpusq_compile.graph.text import graph_text
-from gpusq_compile.lowering.runtime import open_session, run_session, tensor_leaves
+from gpusq_compile.lowering.runtime import (
+    at_its_line,
+    open_session,
+    run_session,
+    tensor_leaves,
+)
 from gpusq_compile.lowering.text import onnx_text
 from gpusq_compile.numerics import is_rounding, largest_difference
 from gpusq_compile.pass_base import Pass
@@ -169,6 +174,7 @@ def onnx_change(compilation: Compilation, step: Pass) -> float:
 
     Raises:
         InternalError: the model that the pass left is not valid.
+        CheckFailed: ONNX Runtime cannot run it.
     """
     model = compilation.onnx_model
     assert model is not None
@@ -176,8 +182,10 @@ def onnx_change(compilation: Compilation, step: Pass) -> float:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise InternalError("onnx-invalid", f"pass '{step.name}' left: {error}") from error
-    session = open_session(model.SerializeToString(), runs=1)
-    return change_to(compilation, run_session(session, tensor_leaves(compilation.probe)))
+    with at_its_line(compilation.onnx_places):
+        session = open_session(model.SerializeToString(), runs=1)
+        outputs = run_session(session, tensor_leaves(compilation.probe))
+    return change_to(compilation, outputs)
 
 
 def ir_text(compilation: Compilation) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from gpusq_compile.batch_inputs import size_of
@@ -83,6 +84,14 @@ def check_source(source: ModelSource) -> None:
     for name, tensor in source.module.state_dict().items():
         if not isinstance(tensor, torch.Tensor):
             continue
+        if is_lazy(tensor):
+            raise InputError(
+                "weights-not-loaded",
+                f"{name} has neither shape nor values: a lazy module makes its weights when it is "
+                "first called",
+                location=source.place("model"),
+                hint="call the model once on example inputs before model() returns it",
+            )
         if tensor.is_meta:
             raise InputError(
                 "weights-not-loaded",
@@ -116,6 +125,7 @@ def check_source(source: ModelSource) -> None:
 def _check_module(source: ModelSource) -> None:
     found: Any = source.module
     if isinstance(found, nn.Module):
+        _check_written_in_python(source)
         return
     if isinstance(found, type) and issubclass(found, nn.Module):
         hint = f"add parentheses: return {found.__name__}(...)"
@@ -131,6 +141,24 @@ def _check_module(source: ModelSource) -> None:
         location=source.place("model"),
         hint=hint,
     )
+
+
+def _check_written_in_python(source: ModelSource) -> None:
+    """Raise InputError for what is a program already, which cannot be traced again."""
+    for path, module in source.module.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            form, made_by = "a TorchScript program", "torch.jit.script() or torch.jit.trace()"
+        elif isinstance(module, torch.fx.GraphModule) and "eval" in vars(module):
+            form, made_by = "an exported program", "torch.export.export()"
+        else:
+            continue
+        raise InputError(
+            "model-is-a-program",
+            f"{f'the submodule {path!r}' if path else 'the model'} is {form} "
+            f"({type(module).__name__}), expected a torch.nn.Module in Python",
+            location=source.place("model"),
+            hint=f"return the module itself, as it was before {made_by}",
+        )
 
 
 def _check_function(name: str, function: Any) -> None:

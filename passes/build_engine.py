@@ -6,8 +6,7 @@ Needs `verified`. Guarantees `engine` when an engine was asked for and could be 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 from gpusq_compile.attention_plan import planned_attentions
@@ -19,12 +18,17 @@ from gpusq_compile.engine import (
     MarkedGemm,
     build_engines,
 )
-from gpusq_compile.errors import CheckFailed, Location
 from gpusq_compile.execution import Precision, execution
+from gpusq_compile.lowering.runtime import at_its_line
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.passes.verify_onnx import MODEL_FILE
 from gpusq_compile.plan import LayerPlan, Treatment, planned
 from gpusq_compile.remarks import Remark, analysis, missed, passed
+
+WAY_OUT = (
+    "--scope PATH compiles a submodule without it; or write that line with operators that the "
+    "engine has; --engine none stops at the verified ONNX file"
+)
 
 
 def run(compilation: Compilation) -> PassResult:
@@ -38,20 +42,20 @@ def run(compilation: Compilation) -> PassResult:
         for _, plan in planned_attentions(compilation.ir.graph)
         if plan.applied.activation is not None
     ]
-    with compilation.console.progress("engine (percent)", 100) as advance:
-        try:
-            report = build_engines(
-                compilation.workdir / MODEL_FILE,
-                compilation.workdir,
-                backend=compilation.options.engine,
-                targets=compilation.targets,
-                gemms=gemms,
-                attentions=attentions,
-                batch=BatchRange(),
-                progress=lambda target, phase, done: advance(f"{target}: {phase}", to=100 * done),
-            )
-        except CheckFailed as error:
-            raise placed(error, compilation.onnx_places) from error
+    with (
+        compilation.console.progress("engine (percent)", 100) as advance,
+        at_its_line(compilation.onnx_places, WAY_OUT),
+    ):
+        report = build_engines(
+            compilation.workdir / MODEL_FILE,
+            compilation.workdir,
+            backend=compilation.options.engine,
+            targets=compilation.targets,
+            gemms=gemms,
+            attentions=attentions,
+            batch=BatchRange(),
+            progress=lambda target, phase, done: advance(f"{target}: {phase}", to=100 * done),
+        )
     compilation.engine = report
     marked = len(gemms) + len(attentions)
     result = PassResult(matched=marked, changed=len(report.targets))
@@ -75,20 +79,6 @@ def run(compilation: Compilation) -> PassResult:
     if not report.targets:
         result.skipped = marked
     return result
-
-
-def placed(error: CheckFailed, places: Mapping[str, Location]) -> CheckFailed:
-    """The error of a builder that cannot take a node, at the line of the model that it is from."""
-    # In its own words the builder adds numbers to a node's name.
-    named = [name for name in places if re.search(rf"\b{re.escape(name)}(\b|_)", error.message)]
-    place = places[max(named, key=len)] if named else None
-    if error.location is not None or place is None:
-        return error
-    hint = (
-        "--scope PATH compiles a submodule without it; or write that line with operators that the "
-        "engine has; --engine none stops at the verified ONNX file"
-    )
-    return CheckFailed(error.code, error.message, location=place, hint=error.hint or hint)
 
 
 def attention_remarks(target: str, attentions: Sequence[AttentionInEngine]) -> list[Remark]:

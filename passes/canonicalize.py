@@ -7,8 +7,10 @@ Needs `graph`. Rewrites, each exact:
 - products in other words (`baddbmm`, an `einsum` of two factors) -> `matmul`, and products with a
   stored weight (`x @ w.T`, `addmm`) -> `linear`, so that attention and GEMMs have one form;
 - fused attention on other than four axes -> on four, all that an engine knows, or spelled out;
-- patches summed into a map (`nn.Fold`) -> a transposed convolution, which engines know;
+- patches summed into a map (`nn.Fold`) -> a permutation or a transposed convolution, which engines
+  know;
 - `rms_norm` -> its products, since ONNX has no form of it up to our opset;
+- `scatter_reduce` of a mean, or without what is there -> scatters that add;
 - a non-overlapping convolution (kernel = stride, no padding) -> patches @ linear, so that a patch
   embedding is a GEMM with reduction size C * P * P.
 Refuses an operator that cannot become ONNX, with its place in the model's source: what is found
@@ -17,6 +19,8 @@ here costs no fine-tune. Guarantees `canonical`.
 
 from __future__ import annotations
 
+import itertools
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +30,7 @@ import torch.fx
 
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.graph.attention import fused_arguments
-from gpusq_compile.graph.col2im import fold_to_convolution
+from gpusq_compile.graph.col2im import spell_out_fold
 from gpusq_compile.graph.edit import bypass, finish, insert_call, insert_get_attr, set_tensor
 from gpusq_compile.graph.norms import spell_out_rms_norm
 from gpusq_compile.graph.one_form import (
@@ -37,7 +41,8 @@ from gpusq_compile.graph.one_form import (
     product_to_linear,
 )
 from gpusq_compile.graph.products import FUSED_ATTENTION
-from gpusq_compile.graph.query import shape_of, static_shape, tensor_attribute
+from gpusq_compile.graph.query import module_path, shape_of, static_shape, tensor_attribute
+from gpusq_compile.graph.scatter import spell_out_scatter
 from gpusq_compile.lowering.exportable import check_exportable
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.passes.split_attention import split
@@ -45,6 +50,13 @@ from gpusq_compile.remarks import analysis, passed
 
 aten = torch.ops.aten
 
+CONVOLUTIONS: dict[object, int] = {
+    aten.conv1d.default: 1,
+    aten.conv2d.default: 2,
+    aten.conv3d.default: 3,
+}
+"""With the axes that each goes over."""
+IMAGE_AXES = 2
 IDENTITIES = {
     aten.dropout.default,
     aten.alias.default,
@@ -65,9 +77,19 @@ def run(compilation: Compilation) -> PassResult:
             if any(rewrite(graph_module, node) for rewrite in rewrites):
                 result.matched += 1
                 result.changed += 1
+    for node in graph_module.graph.find_nodes(op="call_function", target=aten.col2im.default):
+        result.matched += 1
+        layer = module_path(node) or node.name
+        refusal = spell_out_fold(graph_module, node)
+        if refusal is None:
+            result.changed += 1
+        else:
+            result.skipped += 1
+            text = f"left as Col2Im, which no TensorRT reads: {refusal}"
+            result.remarks.append(analysis("col2im", text, layer))
     for node in list(graph_module.graph.nodes):
         pad_numerically(node)
-        if node.target is not aten.conv2d.default:
+        if node.target not in CONVOLUTIONS:
             continue
         result.matched += 1
         path = str(node.args[1].target) if isinstance(node.args[1], torch.fx.Node) else node.name
@@ -82,7 +104,8 @@ def run(compilation: Compilation) -> PassResult:
             result.skipped += 1
             result.remarks.append(analysis("patchify", f"left a convolution: {refusal}", layer))
     finish(graph_module)
-    check_exportable(graph_module.graph)
+    assert compilation.convention is not None
+    check_exportable(graph_module.graph, compilation.convention)
     return result
 
 
@@ -180,7 +203,9 @@ def view_to_reshape(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> 
 
 
 def patchify(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> str | None:
-    """Rewrite conv2d [B, C, H, W] -> [B, N, H/P, W/Q] as patches @ linear.
+    """Rewrite a convolution [B, C, H, W] -> [B, N, H/P, W/Q] as patches @ linear.
+
+    Of one and of three axes (sequences, videos) likewise.
 
     Returns:
         None when rewritten, else the reason why not.
@@ -188,8 +213,9 @@ def patchify(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> str | N
     arguments = dict(enumerate(node.args))
     image, weight_node = arguments[0], arguments[1]
     bias = arguments.get(2)
-    stride = _pair(arguments.get(3, 1))
-    padding, dilation = arguments.get(4, 0), _pair(arguments.get(5, 1))
+    axes = CONVOLUTIONS[node.target]
+    stride = _sizes(arguments.get(3, 1), axes)
+    padding, dilation = arguments.get(4, 0), _sizes(arguments.get(5, 1), axes)
     groups = arguments.get(6, 1)
     assert isinstance(image, torch.fx.Node)
     if not isinstance(weight_node, torch.fx.Node) or weight_node.op != "get_attr":
@@ -198,21 +224,22 @@ def patchify(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> str | N
         return "the weight is shared with another operator"
     weight = tensor_attribute(graph_module, str(weight_node.target))
     out_channels, channels, *kernel = weight.shape
-    if kernel == [1, 1]:
+    if kernel == [1, 1] and axes == IMAGE_AXES:
         return "a 1x1 convolution is a GEMM as it is"
     if tuple(kernel) != stride:
         return f"patches overlap or leave gaps: kernel {tuple(kernel)}, stride {stride}"
-    if isinstance(padding, str) or _pair(padding) != (0, 0):
+    if isinstance(padding, str) or any(_sizes(padding, axes)):
         return f"padded by {padding}"
-    if dilation != (1, 1) or groups != 1:
+    if set(dilation) != {1} or groups != 1:
         return f"dilation {dilation}, groups {groups}"
     shape = shape_of(image)
-    if shape is None or len(shape) != 4 or not all(isinstance(size, int) for size in shape[1:]):
+    if shape is None or len(shape) != 2 + axes or not all(isinstance(n, int) for n in shape[1:]):
         return f"image size is not static: {shape}"
-    height, width = int(shape[2]), int(shape[3])
-    if height % kernel[0] or width % kernel[1]:
-        return f"image {height}x{width} is no multiple of the patch {kernel[0]}x{kernel[1]}"
-    rows, columns = height // kernel[0], width // kernel[1]
+    sizes = [int(size) for size in shape[2:]]
+    if any(size % part for size, part in zip(sizes, kernel, strict=True)):
+        given, patch = ("x".join(map(str, numbers)) for numbers in (sizes, kernel))
+        return f"image {given} is no multiple of the patch {patch}"
+    grid = [size // part for size, part in zip(sizes, kernel, strict=True)]
     path = str(weight_node.target)
     trainable = isinstance(weight, torch.nn.Parameter)
     set_tensor(graph_module, path, weight.detach().flatten(1), trainable=trainable)
@@ -222,16 +249,17 @@ def patchify(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> str | N
         patches = insert_call(
             graph,
             aten.reshape.default,
-            (image, [-1, channels, rows, kernel[0], columns, kernel[1]]),
+            (image, [-1, channels, *itertools.chain(*zip(grid, kernel, strict=True))]),
             provenance=node,
         )
+        places, pixels = range(2, 2 + 2 * axes, 2), range(3, 3 + 2 * axes, 2)
         ordered = insert_call(
-            graph, aten.permute.default, (patches, [0, 2, 4, 1, 3, 5]), provenance=node
+            graph, aten.permute.default, (patches, [0, *places, 1, *pixels]), provenance=node
         )
         tokens = insert_call(
             graph,
             aten.reshape.default,
-            (ordered, [-1, rows * columns, channels * kernel[0] * kernel[1]]),
+            (ordered, [-1, math.prod(grid), channels * math.prod(kernel)]),
             provenance=node,
         )
         arguments_of_linear = (tokens, flat_weight) if bias is None else (tokens, flat_weight, bias)
@@ -242,7 +270,7 @@ def patchify(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> str | N
         picture = insert_call(
             graph,
             aten.reshape.default,
-            (channels_first, [-1, out_channels, rows, columns]),
+            (channels_first, [-1, out_channels, *grid]),
             provenance=node,
         )
     node.replace_all_uses_with(picture)
@@ -262,21 +290,22 @@ def pad_numerically(node: torch.fx.Node) -> None:
     weight = arguments[1]
     assert isinstance(weight, torch.fx.Node)
     kernel = [int(size) for size in (shape_of(weight) or ())[2:]]
-    dilation = _pair(arguments[5])
+    dilation = _sizes(arguments[5], IMAGE_AXES)
     reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     if arguments[4] == "same" and any(total % 2 for total in reach):
         return
     padding = [total // 2 if arguments[4] == "same" else 0 for total in reach]
-    stride = list(_pair(arguments[3]))
+    stride = list(_sizes(arguments[3], IMAGE_AXES))
     node.target = aten.conv2d.default
     node.args = (*arguments[:3], stride, padding, list(dilation), arguments[6])
 
 
-def _pair(value: object) -> tuple[int, int]:
-    if isinstance(value, (list, tuple)):
-        first = int(value[0])
-        return first, int(value[-1])
-    return int(value), int(value)  # type: ignore[call-overload]
+def _sizes(value: Any, axes: int) -> tuple[int, ...]:
+    """A convolution's argument for each axis: one number, or a list of one, stands for all."""
+    given = (
+        tuple(int(size) for size in value) if isinstance(value, (list, tuple)) else (int(value),)
+    )
+    return given * axes if len(given) == 1 else given
 
 
 REWRITES: tuple[tuple[Callable[[torch.fx.GraphModule, torch.fx.Node], bool], ...], ...] = (
@@ -285,8 +314,8 @@ REWRITES: tuple[tuple[Callable[[torch.fx.GraphModule, torch.fx.Node], bool], ...
         product_to_linear,
         attention_to_four_axes,
         spell_out_attention,
-        fold_to_convolution,
         spell_out_rms_norm,
+        spell_out_scatter,
         copy_to_source,
         select_from_stack,
     ),

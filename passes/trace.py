@@ -22,16 +22,16 @@ from torch.utils._pytree import tree_leaves, tree_map
 from gpusq_compile.batch_inputs import moved
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.data import some_batches
-from gpusq_compile.errors import InputError
+from gpusq_compile.errors import InputError, Location
 from gpusq_compile.graph.edit import remove_tensor, set_tensor
 from gpusq_compile.graph.functional import is_write, make_functional
 from gpusq_compile.graph.inline import inline_disabled_autocast
-from gpusq_compile.graph.query import output_nodes, source_line
+from gpusq_compile.graph.query import place_of, source_line
 from gpusq_compile.lowering.exportable import check_control_flow
 from gpusq_compile.lowering.lift import convention_of
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.remarks import analysis, missed
-from gpusq_compile.user_code import user_error
+from gpusq_compile.user_code import described, user_error
 
 MIN_BATCH = 2
 """`torch.export` specializes batch sizes 0 and 1, so the trace needs two or more."""
@@ -50,9 +50,10 @@ def run(compilation: Compilation) -> PassResult:
     except InputError:
         raise
     except Exception as error:
+        check_unbatched(compilation)
         raise user_error(error, source.file, "forward()", "forward-failed") from error
     compilation.probe = (args, kwargs)
-    compilation.reference = check_outputs(outputs, again)
+    compilation.reference = check_outputs(outputs, again, source.place("model"))
     program, graph_module = functional(compilation, export(compilation, module, args, kwargs))
     check_program(program)
     check_control_flow(graph_module.graph)
@@ -105,18 +106,46 @@ def frozen_parameters(module: torch.nn.Module) -> frozenset[str]:
     return frozenset(names) if len(names) < len(list(module.parameters())) else frozenset()
 
 
-def check_outputs(outputs: Any, again: Any) -> list[torch.Tensor]:
+def check_outputs(outputs: Any, again: Any, place: Location | None = None) -> list[torch.Tensor]:
     """The tensors of a model's outputs, which must be finite and the same for the same inputs.
+
+    Args:
+        place: where the model is made.
 
     Raises:
         InputError: they are not, so that no later number would mean anything.
     """
     tensors = [leaf for leaf in tree_leaves(outputs) if torch.is_tensor(leaf)]
     repeated = [leaf for leaf in tree_leaves(again) if torch.is_tensor(leaf)]
+    if not any(tensor.ndim for tensor in tensors):
+        found = f"a number, {form(tensors[0])}" if tensors else described(outputs)
+        raise InputError(
+            "outputs-kind",
+            f"forward() returns {found}; expected tensors with the batch first",
+            location=place,
+            hint="return what the loss is computed from, such as logits [batch, classes], or "
+            "compile a submodule with --scope",
+        )
+    stateful = "forward() must not count its calls or keep anything else from one to the next"
+    if len(tensors) != len(repeated):
+        raise InputError(
+            "not-deterministic",
+            f"two runs on the same inputs give {len(tensors)} and {len(repeated)} tensors",
+            location=place,
+            hint=stateful,
+        )
     for index, (first, second) in enumerate(zip(tensors, repeated, strict=True)):
         if first.is_floating_point() and not bool(first.isfinite().all()):
             raise InputError(
                 "outputs-not-finite", f"output {index} of the model is NaN or infinite"
+            )
+        if form(first) != form(second):
+            raise InputError(
+                "not-deterministic",
+                f"two runs on the same inputs give {form(first)} and {form(second)} for output "
+                f"{index}",
+                location=place,
+                hint=stateful,
             )
         if not torch.allclose(first, second, rtol=1e-3, atol=1e-5):
             raise InputError(
@@ -125,6 +154,36 @@ def check_outputs(outputs: Any, again: Any) -> list[torch.Tensor]:
                 hint="dropout and noise must follow self.training, which is off here",
             )
     return tensors
+
+
+def form(tensor: torch.Tensor) -> str:
+    """A tensor's type and sizes: `float32 [2, 10]`."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def check_unbatched(compilation: Compilation) -> None:
+    """Look whether a model that cannot take its example inputs can with a batch in front.
+
+    Raises:
+        InputError: it can.
+    """
+    source, network = compilation.source, compilation.network
+    given = source.example_inputs
+    if not all(isinstance(value, torch.Tensor) for value in given):
+        return
+    batched = tuple(torch.stack([value] * MIN_BATCH) for value in given)
+    try:
+        with torch.no_grad():
+            network.root(*moved(batched, compilation.device))
+    except Exception:
+        return  # It is something else that the model cannot take, and it says what.
+    raise InputError(
+        "example-inputs",
+        f"example_inputs() returned {', '.join(map(form, given))}, whose first dimension is taken "
+        f"for the batch; forward() takes {', '.join(form(value[:1]) for value in batched)}",
+        location=source.place("example_inputs"),
+        hint="put the batch in front: `image.unsqueeze(0)`, or `torch.randn(1, 3, 224, 224)`",
+    )
 
 
 def probe_inputs(compilation: Compilation) -> tuple[Any, ...]:
@@ -231,15 +290,42 @@ def check_program(program: torch.export.ExportedProgram) -> None:
             f"forward() writes to its buffers: {names}",
             hint="compute them outside of forward(), or compile a submodule with --scope",
         )
-    results = output_nodes(program.graph)
+    check_returned(program)
+
+
+def check_returned(program: torch.export.ExportedProgram) -> None:
+    """Raise InputError for an output that is another one, an input, or computed from no input."""
+    signature = program.graph_signature
+    stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    constants = signature.inputs_to_lifted_tensor_constants
+    dependent = set(signature.user_inputs)
+    for node in program.graph.nodes:
+        if any(source.name in dependent for source in node.all_input_nodes):
+            dependent.add(node.name)
     returned = next(node for node in reversed(program.graph.nodes) if node.op == "output")
+    seen: dict[torch.fx.Node, int] = {}
     leaves = [leaf for leaf in tree_leaves(returned.args) if isinstance(leaf, torch.fx.Node)]
-    if len(leaves) != len(results) or any(node.op == "placeholder" for node in results):
-        raise InputError(
-            "outputs-alias",
-            "forward() returns one tensor twice, or one of its inputs as it is",
-            hint="return each result once, or compile a submodule with --scope",
-        )
+    for index, leaf in enumerate(leaves):
+        hint = "return each result once, or compile a submodule with --scope"
+        code = "outputs-alias"
+        value = leaf.meta.get("val")
+        floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+        if leaf in seen:
+            text = f"returns one tensor twice, as output {seen[leaf]} and as output {index}"
+        elif leaf.op == "placeholder" and leaf.name in dependent:
+            text = f"returns its input '{leaf.name}' as it is, as output {index}"
+        elif leaf.op == "placeholder" or (floating and leaf.name not in dependent):
+            name = stored.get(leaf.name)
+            what = f"'{name}' of the model as it is" if name else "a constant"
+            if leaf.name in constants:
+                what = "a tensor that is made outside of it"
+            text = f"returns {what}, as output {index}, which depends on no input"
+            hint = "return what is computed from the inputs alone, and read the rest off the model"
+            code = "outputs-constant"
+        else:
+            seen[leaf] = index
+            continue
+        raise InputError(code, f"forward() {text}", location=place_of(leaf), hint=hint)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
 import onnx
-import onnxruntime
 import torch
 
 from gpusq_compile.accuracy import measure
@@ -28,23 +27,21 @@ from gpusq_compile.errors import CheckFailed, InputError
 from gpusq_compile.lowering.check import check_layers
 from gpusq_compile.lowering.check_attention import check_attentions
 from gpusq_compile.lowering.runtime import (
-    Answer,
     Expected,
     Numerics,
     SessionModule,
+    at_its_line,
     compare,
     open_session,
     run_session,
     structured,
 )
+from gpusq_compile.output_cache import Cached
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.plan import Treatment, planned
 from gpusq_compile.remarks import analysis, passed
 
 MODEL_FILE = "model.onnx"
-
-REMEMBERED = 32 << 20
-"""Bytes of a batch's outputs up to which they are kept: maps of many classes are run again."""
 
 
 def run(compilation: Compilation) -> PassResult:
@@ -61,10 +58,13 @@ def run(compilation: Compilation) -> PassResult:
     attentions = [plan for plan in attentions if plan.applied != Treatment()]
     broken += check_attentions(written, attentions)
     del written
-    session = open_session(path)
-    answered: list[Answer] = []
-    found = answers(session, compilation.expected, answered)
-    numerics = compare(compilation.expected, found, logits_finder(compilation))
+    assert compilation.convention is not None
+    with at_its_line(compilation.onnx_places):
+        session = open_session(path)
+        runtime = SessionModule(session, compilation.convention, compilation.device)
+        stand_in = Cached(runtime)
+        found = answers(stand_in, runtime, compilation.expected)
+        numerics = compare(compilation.expected, found, logits_finder(compilation))
     limits = compilation.rules.verify
     if compilation.source.synthetic and numerics.disagreements is not None:
         # On noise no class is right, and which of them wins is an accident of the last digits.
@@ -97,20 +97,17 @@ def run(compilation: Compilation) -> PassResult:
             f"largest difference {numerics.max_difference:.4f} std",
         )
     )
-    assert compilation.convention is not None
-    stand_in = SessionModule(session, compilation.convention, compilation.device, answered)
     measure(compilation, "onnx", stand_in)
     return result
 
 
 def answers(
-    session: onnxruntime.InferenceSession, expected: list[Expected], answered: list[Answer]
+    stand_in: Cached, runtime: SessionModule, expected: list[Expected]
 ) -> Iterator[list[torch.Tensor]]:
-    """The runtime's outputs batch by batch; small ones are kept in `answered`, to measure with."""
+    """The runtime's outputs batch by batch; `stand_in` keeps them, to measure with."""
     for batch in expected:
-        outputs = run_session(session, batch.inputs)
-        if sum(output.nbytes for output in outputs) <= REMEMBERED:
-            answered.append((batch.inputs, outputs))
+        outputs = run_session(runtime.session, batch.inputs)
+        stand_in.keep(batch.inputs, runtime.restored(outputs))
         yield outputs
 
 

@@ -7,12 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.compute import ComputeEntry, compute_figures
 from tests.attentions import ATTENTION_INT8, Around, Mixer, spelled_out
-from tests.compilations import INT8, SPARSE, begin, make_rules, plan_of, plans_of, run_until
+from tests.compilations import (
+    INT8,
+    SPARSE,
+    begin,
+    make_rules,
+    plan_of,
+    plans_of,
+    run_until,
+    targets,
+)
 from tests.models import CLASSES, TinyViT
 
 
@@ -86,6 +96,46 @@ def test_convolutions_count_positions_and_what_depends_on_no_input_is_left_out()
     assert found.pop("up") == ("gemm", 25 * 8 * 4 * 4)
     # A matmul with a parameter is a GEMM like any other; the linear of a constant runs once.
     assert list(found.values()) == [("gemm", 16 * 5)]
+
+
+class Rare(nn.Module):
+    """Convolutions in the words of the operator behind them all, and of three axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.Parameter(torch.randn(6, 3, 3, 3))
+        self.transposed = nn.Parameter(torch.randn(6, 4, 2, 2))
+        self.volume = nn.ConvTranspose3d(1, 2, 2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, zero, two = (1, 1), (0, 0), (2, 2)
+        x = torch.convolution(x, self.plain, None, one, one, one, False, zero, 1)
+        x = torch.convolution(x, self.transposed, None, two, zero, one, True, zero, 1)
+        return self.volume(x.unsqueeze(1))
+
+
+def test_convolutions_are_counted_in_every_form() -> None:
+    found = [(e.kind, e.macs) for e in counted(Rare(), torch.randn(2, 3, 8, 8)).values()]
+    assert found == [
+        ("gemm", 64 * 6 * 3 * 9),
+        ("gemm", 64 * 6 * 4 * 4),
+        ("gemm", 4 * 16 * 16 * 2 * 8),
+    ]
+
+
+def test_a_convolution_that_only_adds_patches_multiplies_nothing() -> None:
+    class Folded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.values = nn.Linear(16, 18)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.fold(self.values(x).transpose(1, 2), (4, 4), 3, padding=1)
+
+    model = begin(Folded(), torch.randn(2, 16, 16), make_rules(), Path("unused"))
+    compilation = run_until(model, "canonicalize")
+    assert "aten.convolution.default" in targets(compilation)
+    assert [entry.macs for entry in by_name(compilation).values()] == [16 * 16 * 18]
 
 
 def test_figures_are_per_sample_whatever_the_batch() -> None:

@@ -17,7 +17,6 @@ from onnx import numpy_helper
 
 from gpusq_compile.engine import BatchRange, MarkedGemm, build_engines
 from gpusq_compile.engine.backend import layer_of_node
-from gpusq_compile.engine.backends import gpu_capability
 from gpusq_compile.errors import CheckFailed, InputError
 from tests.engine_blocks import BlockSpec, gemm_names, save_vit
 
@@ -181,71 +180,6 @@ def test_an_unknown_backend_is_refused_with_the_nearest_name(tmp_path: Path) -> 
     with pytest.raises(InputError, match="did you mean 'tensorrt-rtx'") as caught:
         build_engines(tmp_path / "m.onnx", tmp_path, backend="tensorrt_rtx")  # type: ignore[arg-type]
     assert caught.value.code == "unknown-engine-backend"
-
-
-@pytest.mark.skipif(gpu_capability() is not None, reason="this machine has a GPU")
-def test_tensorrt_that_cannot_run_here_is_an_error_with_the_way_to_get_it(tmp_path: Path) -> None:
-    with pytest.raises(InputError) as caught:
-        build_engines(tmp_path / "model.onnx", tmp_path, backend="tensorrt")
-    assert caught.value.code in ("engine-backend-missing", "engine-needs-gpu")
-    assert "build_engine.sh" in str(caught.value)
-
-
-IMPORTABLE_WITHOUT_BUILDERS = """
-import sys
-from pathlib import Path
-from gpusq_compile.engine import build_engines
-from gpusq_compile.errors import InputError
-report = build_engines(Path("model.onnx"), Path("."), backend="auto")
-print(report.backend, *report.remarks)
-try:
-    build_engines(Path("model.onnx"), Path("."), backend="tensorrt-rtx")
-except InputError as error:
-    print(error)
-assert not {"tensorrt", "tensorrt_rtx"} & set(sys.modules), "their libraries take 0.1 GB"
-"""
-
-
-def asked_without(tmp_path: Path, how: str) -> list[str]:
-    """What IMPORTABLE_WITHOUT_BUILDERS prints where importing either library does `how`."""
-    for name in ("tensorrt", "tensorrt_rtx"):
-        (tmp_path / f"{name}.py").write_text(how)
-    done = subprocess.run(
-        [sys.executable, "-c", IMPORTABLE_WITHOUT_BUILDERS],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return done.stdout.splitlines()
-
-
-def test_without_any_builder_auto_remarks_and_an_explicit_choice_fails(tmp_path: Path) -> None:
-    missing = "raise ModuleNotFoundError('no', name=__name__)"
-    auto, *explicit = asked_without(tmp_path, missing)
-    assert auto.startswith("none no engine was built")
-    assert "pip install 'gpusq-compile[rtx]'" in auto
-    assert explicit[0].startswith("error[engine-backend-missing]")
-    assert explicit[0].endswith("tensorrt_rtx is not installed")
-    assert "pip install 'gpusq-compile[rtx]'" in explicit[1]
-
-
-@pytest.mark.parametrize(
-    ("how", "said"),
-    [
-        ("raise OSError('libnvinfer.so.11: no such file')", "libnvinfer.so.11: no such file"),
-        ("import os; os._exit(7)", "its process ended with code 7"),
-    ],
-)
-def test_a_builder_that_is_broken_is_one_that_is_missing(
-    tmp_path: Path, how: str, said: str
-) -> None:
-    auto, error, _ = asked_without(tmp_path, how)
-    assert auto.startswith("none no engine was built")
-    assert said in auto
-    assert "tensorrt_rtx cannot be imported" in error
-    assert said in error
 
 
 @pytest.mark.parametrize("batch", [BatchRange(0, 1, 1), BatchRange(4, 2, 8), BatchRange(1, 9, 8)])

@@ -48,6 +48,14 @@ def pyramid() -> tuple[Any, Evidence]:
     )
 
 
+def test_without_taps_the_maps_are_of_the_layers_that_the_rules_give_the_roles() -> None:
+    pictures = images(2)
+    rules = make_rules(GEMMS, roles={"stage_end": ["layers.0", "layers.2"]})
+    _, evidence = observed(seeded(TinyViT, Shape(depth=3)), rules, pictures)
+    ends = [place["name"] for place in evidence.places if place["role"] == "stage_end"]
+    assert ends == ["layers.0", "layers.2"]
+
+
 class TestDecibels:
     def test_ten_decibels_are_a_tenth_of_the_energy(self) -> None:
         assert sqnr(torch.tensor([10.0, 0.0]), torch.tensor([10.0, 1.0])) == 20.0

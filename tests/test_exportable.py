@@ -8,17 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from onnx import TensorProto, helper
+from onnx_ir.passes.common import TopologicalSortPass
+from onnxruntime.transformers.float16 import convert_float_to_float16
 from torch import Tensor, nn
 
+from gpusq_compile.driver import run_passes
 from gpusq_compile.errors import CheckFailed, InputError, Location
 from gpusq_compile.graph.query import place_in
 from gpusq_compile.lowering.precision import float32_only, to_half
-from gpusq_compile.passes.build_engine import placed
+from gpusq_compile.lowering.runtime import open_session, placed, run_session
+from gpusq_compile.pass_base import Pass, PassResult
+from gpusq_compile.passes.build_engine import WAY_OUT
 from tests.compilations import begin, make_rules, run_until
 from tests.models import noise, seeded
+
+NOTHING: dict[str, Any] = {"id": "all", "match": {"op": "linear"}, "quantize": "none"}
 
 
 class Odd(nn.Module):
@@ -67,6 +75,25 @@ def by_numpy(x: Tensor) -> Tensor:
     return torch.from_numpy(x.numpy() + 1)
 
 
+def by_a_histogram(x: Tensor) -> Tensor:
+    return x * torch.histc(x, bins=8).softmax(0)[0]
+
+
+ORDER = torch.tensor([0, 2, 1, 0])
+
+
+def by_adding(x: Tensor) -> Tensor:
+    return torch.zeros_like(x).index_add(1, ORDER, x)
+
+
+def by_scattering(reduce: str, includes_self: bool) -> Callable[[Tensor], Tensor]:
+    def scatter(x: Tensor) -> Tensor:
+        index = ORDER[None, :, None].expand_as(x)
+        return x.scatter_reduce(1, index, 2 * x - 1, reduce, include_self=includes_self)
+
+    return scatter
+
+
 def by_sample(x: Tensor) -> Tensor:
     return torch.stack([row * 2 for row in x])
 
@@ -76,6 +103,7 @@ CASES: list[tuple[Callable[[Tensor], Tensor], str, str, str]] = [
     (by_solving, "operator-unsupported", "'linalg_solve'", "--scope"),
     (by_bessel, "operator-unsupported", "'special_bessel_j0'", "--scope"),
     (by_distances, "operator-unsupported", "'cdist'", "--scope"),
+    (by_a_histogram, "operator-unsupported", "'histc'", "--scope"),
     (by_a_number, "operator-unsupported", "a Python number of a tensor's value", ".item()"),
     (by_a_branch, "export-failed", "Python control flow", "torch.where"),
     (by_a_loop, "export-failed", "Python control flow", "--scope"),
@@ -125,11 +153,33 @@ def test_a_line_of_the_model_is_preferred_to_one_of_a_library(tmp_path: Path) ->
 def test_an_error_of_the_builder_gets_the_line_that_its_node_is_from() -> None:
     places = {"node_DFT": Location("m.py", 3), "node_DFT_1": Location("m.py", 4)}
     for text, line in (("at node 'node_DFT_1' (DFT)", 4), ("node_DFT_1_35 has no runners", 4)):
-        found = placed(CheckFailed("engine-parse-failed", text), places)
+        found = placed(CheckFailed("engine-parse-failed", text), places, WAY_OUT)
         assert (found.location, found.code) == (Location("m.py", line), "engine-parse-failed")
         assert "--engine none" in (found.hint or "")
     unknown = CheckFailed("engine-build-failed", "out of memory", hint="buy more")
-    assert placed(unknown, places) is unknown
+    assert placed(unknown, places, WAY_OUT) is unknown
+
+
+def halve_blindly(compilation: Any) -> PassResult:
+    """The conversion without what it knows of scatters."""
+    half = ir.from_proto(convert_float_to_float16(compilation.onnx_model, keep_io_types=True))
+    TopologicalSortPass()(half)
+    compilation.onnx_model = ir.to_proto(half)
+    return PassResult(changed=1)
+
+
+def test_what_the_runtime_cannot_run_after_a_pass_fails_at_the_line_it_is_from() -> None:
+    compilation = run_until(begin(seeded(Odd, by_adding), noise(2, 4, 32), make_rules()), "surgery")
+    halve = Pass(name="halve", summary="halve", run=halve_blindly, rewrites_onnx=True)
+    with pytest.raises(CheckFailed) as caught:
+        run_passes(compilation, [halve])
+    error = caught.value
+    assert (error.code, error.exit_code) == ("onnxruntime", 1)
+    assert "reduction is 'add'" in error.message
+    assert "\n" not in error.message
+    assert error.location is not None
+    assert error.location.line in lines_of(by_adding) | lines_of(Odd.forward)
+    assert "--scope" in (error.hint or "")
 
 
 def resizing() -> onnx.ModelProto:
@@ -167,6 +217,57 @@ def test_zeros_of_a_shape_become_half_where_no_value_is_said() -> None:
     onnx.checker.check_model(half, full_check=True)
     (fill,) = [node for node in half.graph.node if node.op_type == "ConstantOfShape"]
     assert fill.attribute[0].t.data_type == TensorProto.FLOAT16
+
+
+REDUCTIONS = [
+    (reduce, includes_self)
+    for reduce in ("sum", "mean", "prod", "amax", "amin")
+    for includes_self in (True, False)
+]
+
+
+@pytest.mark.parametrize(("reduce", "includes_self"), REDUCTIONS)
+def test_what_a_scatter_combines_is_the_same_in_the_file(
+    reduce: str, includes_self: bool, tmp_path: Path
+) -> None:
+    model = seeded(Odd, by_scattering(reduce, includes_self))
+    images = noise(2, 4, 32)
+    expected = model(images)
+    given = begin(model, images, make_rules(NOTHING, precision="fp16"), tmp_path)
+    compilation = run_until(given, "set_precision")
+    assert compilation.onnx_model is not None
+    [found] = run_session(open_session(compilation.onnx_model.SerializeToString()), [images])
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_sums_of_what_meets_at_one_place_stay_in_float32(tmp_path: Path) -> None:
+    given = begin(
+        seeded(Odd, by_adding), noise(2, 4, 32), make_rules(NOTHING, precision="fp16"), tmp_path
+    )
+    model = run_until(given, "set_precision").onnx_model
+    assert model is not None
+    makers = {name: node for node in model.graph.node for name in node.output}
+    [scatter] = [node for node in model.graph.node if node.op_type == "ScatterND"]
+    for name in (scatter.input[0], scatter.input[2]):
+        assert makers[name].op_type == "Cast"
+        assert helper.get_attribute_value(makers[name].attribute[0]) == TensorProto.FLOAT
+
+
+def test_a_tensor_that_two_float32_operators_read_is_cast_once() -> None:
+    nodes = [
+        helper.make_node("Mul", ["x", "x"], ["y"]),
+        helper.make_node("ScatterElements", ["y", "i", "y"], ["a"], axis=0, reduction="add"),
+        helper.make_node("ScatterElements", ["y", "i", "a"], ["z"], axis=0, reduction="mul"),
+    ]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "xzya"]
+    index = helper.make_tensor("i", TensorProto.INT64, [2], [1, 1])
+    graph = helper.make_graph(nodes, "sums", ends[:1], ends[1:2], [index], value_info=ends[2:])
+    opset = [helper.make_opsetid("", 21)]
+    half = to_half(helper.make_model(graph, opset_imports=opset, ir_version=10))
+    onnx.checker.check_model(half, full_check=True)
+    [found] = run_session(open_session(half.SerializeToString()), [torch.tensor([1.0, 2.0])])
+    # y = [1, 4], a = [1, 4 + 1 + 4], z = [1, 4 * 1 * 9].
+    assert found.tolist() == [1.0, 36.0]
 
 
 def test_operators_without_fp16_are_known_from_the_standard() -> None:

@@ -15,6 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from gpusq_compile import compile_model
+from gpusq_compile.graph.query import value_dependent
+from gpusq_compile.plan import TAP_PLAN
+from tests.compilations import TAPS, begin, make_rules, plans_of, run_until
 from tests.tiny_transformers import SEGFORMER
 
 timm: Any = pytest.importorskip("timm")
@@ -280,3 +283,44 @@ def test_it_compiles_with_every_fitting_layer_sparse_and_int8(name: str) -> None
     roles = Counter(role for layer in layers for role in layer["roles"])
     assert roles["patch_embed"] == 1
     assert min(roles[role] for role in ("attention_qkv", "attention_proj", "mlp")) > 0
+
+
+def ends_of_stages(model: nn.Module, images: Tensor) -> list[str]:
+    """The modules of the stage ends that are tapped."""
+    marked = run_until(begin(model, images, make_rules(TAPS)), "mark")
+    plans = [node.meta[TAP_PLAN] for node in marked.ir.graph.nodes if TAP_PLAN in node.meta]
+    return [plan.name.rpartition(".")[0] for plan in plans if plan.role == "stage_end"]
+
+
+def test_generators_of_global_queries_make_no_stages() -> None:
+    model = timm.models.gcvit.GlobalContextVit(
+        img_size=(64, 64), embed_dim=16, depths=(2, 2, 2, 2), num_heads=(1, 1, 2, 2)
+    )
+    assert ends_of_stages(model.eval(), torch.randn(2, 3, 64, 64)) == [
+        "stages.1.downsample.conv_block",
+        "stages.2.downsample.conv_block",
+        "stages.3.downsample.conv_block",
+        "stages.3.blocks.1",
+    ]
+
+
+def test_reference_points_of_learned_queries_are_no_classifier() -> None:
+    backbone = transformers.ResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 8, 16, 16],
+        depths=[1, 1, 1, 1],
+        layer_type="basic",
+        out_features=["stage3", "stage4"],
+    )
+    small = {"encoder_layers": 1, "decoder_layers": 2, "d_model": 32, "num_queries": 4}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_feature_levels": 2}
+    config = transformers.DeformableDetrConfig(
+        use_timm_backbone=False, backbone_config=backbone, **small, **heads
+    )
+    detector = transformers.DeformableDetrForObjectDetection(config).eval()
+    marked = run_until(begin(detector, torch.randn(2, 3, 64, 64), make_rules(TAPS)), "mark")
+    classifiers = {n for n, plan in plans_of(marked).items() if "classifier" in plan.roles}
+    assert {name.partition(".")[0] for name in classifiers} == {"class_embed", "bbox_embed"}
+    tapped = [node for node in marked.ir.graph.nodes if TAP_PLAN in node.meta]
+    assert len(tapped) >= 3
+    assert value_dependent(marked.ir.graph).issuperset(tapped)

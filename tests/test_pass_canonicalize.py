@@ -101,6 +101,38 @@ def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
     return value if isinstance(value, tuple) else (value, value)
 
 
+@pytest.mark.parametrize(
+    ("kind", "kernel", "size"),
+    [
+        (nn.Conv3d, (2, 4, 4), (3, 4, 8, 12)),
+        (nn.Conv3d, 2, (3, 2, 4, 6)),
+        (nn.Conv1d, 4, (3, 16)),
+        (nn.Conv1d, 1, (3, 16)),
+    ],
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_patches_of_videos_and_of_sequences_become_a_linear_too(
+    kind: Any, kernel: Any, size: tuple[int, ...], bias: bool
+) -> None:
+    model = seeded(lambda: nn.Sequential(kind(3, 8, kernel, stride=kernel, bias=bias)))
+    compilation = canonical(model, noise(2, *size))
+    assert "aten.linear.default" in targets(compilation)
+    assert not any("conv" in target for target in targets(compilation))
+    [patches] = [n for n in compilation.ir.graph.nodes if n.target is torch.ops.aten.linear.default]
+    assert list(tensor_attribute(compilation.ir, str(patches.args[1].target)).shape) == [
+        8,
+        model[0].weight[0].numel(),
+    ]
+
+
+def test_a_convolution_of_overlapping_cubes_stays_and_says_why() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Conv3d(3, 8, 3, padding=1)))
+    compilation = canonical(model, noise(2, 3, 4, 4, 4))
+    [remark] = remarks_of(compilation, "canonicalize", Kind.ANALYSIS)
+    assert (remark.code, remark.layer) == ("patchify", "0")
+    assert "kernel (3, 3, 3), stride (1, 1, 1)" in remark.reason
+
+
 def test_the_rewritten_patch_embedding_takes_any_batch() -> None:
     model = seeded(Convolution, 2, 8, 4, stride=4)
     compilation = canonical(model, noise(2, 2, 8, 8))

@@ -11,20 +11,22 @@ import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.errors import CheckFailed
 from gpusq_compile.language.schema import Verify
+from gpusq_compile.lowering import runtime
 from gpusq_compile.lowering.runtime import (
-    Answer,
     Expected,
     Numerics,
     SessionModule,
     compare,
     open_session,
+    record,
     run_session,
 )
+from gpusq_compile.output_cache import same
 from gpusq_compile.passes import verify_onnx
 from gpusq_compile.passes.verify_onnx import near_ties
 from gpusq_compile.remarks import Kind
@@ -251,38 +253,64 @@ def test_a_nan_in_an_earlier_batch_is_not_forgotten() -> None:
 # --- the runtime in the model's place ------------------------------------------------------------
 
 
-def test_a_batch_that_was_answered_is_not_run_again(ready: Compilation) -> None:
+def test_what_was_verified_is_not_run_again_to_measure(
+    ready: Compilation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[Tensor] = []
+
+    def counted(session: onnxruntime.InferenceSession, inputs: list[torch.Tensor]) -> Any:
+        ran.append(inputs[0])
+        return run_session(session, inputs)
+
+    for module in (verify_onnx, runtime):
+        monkeypatch.setattr(module, "run_session", counted)
+    assert ready.source.eval_data is not None
+    data = [batch for batch, _ in ready.source.eval_data()]
+    compilation = run_until(ready, "verify_onnx")
+    assert len(ran) == len(data) == 3 > len(ready.expected)
+    assert all(map(torch.equal, ran, data)), "each of them once"
+    assert compilation.accuracy["onnx"] is not None
+
+
+def test_the_runtime_gives_what_the_module_gave(ready: Compilation) -> None:
     compilation = run_until(ready, "verify_onnx")
     assert compilation.convention is not None
     session = open_session(compilation.workdir / "model.onnx")
-    known, other = images(2), images(3, seed=7)
-    marked = [torch.full_like(output, 7.0) for output in run_session(session, [known])]
-    answered = [([known], marked)]
-    module = SessionModule(session, compilation.convention, torch.device("cpu"), answered)
-    assert torch.equal(module(known.clone()), marked[0])
-    assert torch.equal(module(other), run_session(session, [other])[0])
-    module(known).zero_()
-    assert bool(marked[0].eq(7.0).all()), "a user's model may write into what it gets"
+    module = SessionModule(session, compilation.convention, torch.device("cpu"))
+    assert torch.equal(module(images(3)), run_session(session, [images(3)])[0])
 
 
-def test_only_small_outputs_are_kept_to_measure_with(
-    ready: Compilation, monkeypatch: pytest.MonkeyPatch
+def test_one_run_takes_the_graph_as_it_is_and_many_the_same_results_of_a_folded_one(
+    ready: Compilation,
 ) -> None:
-    session = open_session(run_until(ready, "verify_onnx").workdir / "model.onnx")
-    one, two = images(1), images(2, seed=7)
-    expected = [Expected([one], []), Expected([two], [])]
-    [of_one] = run_session(session, [one])
-    monkeypatch.setattr(verify_onnx, "REMEMBERED", of_one.nbytes)
-    answered: list[Answer] = []
-    found = list(verify_onnx.answers(session, expected, answered))
-    assert [len(outputs[0]) for outputs in found] == [1, 2]
-    [(inputs, outputs)] = answered
-    assert torch.equal(inputs[0], one)
-    assert torch.equal(outputs[0], of_one)
-
-
-def test_one_run_and_many_runs_compute_the_same(ready: Compilation) -> None:
     path = run_until(ready, "verify_onnx").workdir / "model.onnx"
-    [once] = run_session(open_session(path, runs=1), [images(3)])
-    [often] = run_session(open_session(path), [images(3)])
+    one, many = open_session(path, runs=1), open_session(path)
+    levels = onnxruntime.GraphOptimizationLevel
+    assert level_of(one) == levels.ORT_DISABLE_ALL
+    assert level_of(many) == level_of(open_session(path, runs=2)) == levels.ORT_ENABLE_BASIC
+    [once], [often] = run_session(one, [images(3)]), run_session(many, [images(3)])
     torch.testing.assert_close(once, often)
+
+
+def level_of(session: onnxruntime.InferenceSession) -> onnxruntime.GraphOptimizationLevel:
+    return session.get_session_options().graph_optimization_level
+
+
+def test_inputs_of_another_type_are_other_inputs() -> None:
+    whole = torch.tensor([0, 1])
+    assert same([whole], [whole.clone()])
+    assert not same([whole], [whole.int()])
+    assert not same([whole], [whole.float()])
+    assert not same([whole], [whole[:1]])
+    assert not same([whole], [])
+
+
+def test_what_is_recorded_is_no_tensor_of_the_users(ready: Compilation) -> None:
+    given = images(2)
+    expected = record(ready.ir, (given,), {})
+    given.zero_()
+    [output] = expected.outputs
+    assert torch.equal(ready.ir(*expected.inputs), output)
+    echo = record(torch.fx.symbolic_trace(nn.Identity()), (given,), {})
+    given.fill_(1.0)
+    assert not echo.outputs[0].any()

@@ -24,8 +24,8 @@ from tests.unusual_transformers import (
     ClassTokens,
     Einsum,
     LinearAttention,
-    PixelMlp,
     PixelPyramid,
+    QueriesFromTheSide,
     Spatial,
     StemViT,
     TalkingHeads,
@@ -119,6 +119,16 @@ def test_a_model_without_classifier_has_none_and_its_last_norm_is_the_final_proj
         role for roles in layer_roles(model, images(2)).values() for role in roles
     }
     assert tap_roles(model, images(2))[-1] == ("last_norm", "final_projection")
+
+
+def test_a_layer_that_is_compiled_alone_is_no_classifier() -> None:
+    layer = nn.Linear(32, 32)
+    assert layer_roles(seeded(lambda: nn.Sequential(layer)), noise(2, 4, 32))["0"] == (
+        "patch_embed",
+        "final_projection",
+    )
+    head = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 10))
+    assert layer_roles(seeded(lambda: head), noise(2, 32)) == {"1": ("classifier",)}
 
 
 def test_every_other_block_is_no_stage_end() -> None:
@@ -284,40 +294,6 @@ def test_attention_of_a_class_token_alone_is_a_stage_of_its_own() -> None:
         assert roles[f"look.{name}"] == (role,)
     ends = [name for name, role in tap_roles(model, images(2)) if role == "stage_end"]
     assert [name.partition("_")[0] for name in ends] == ["body.layers.0", "add"]
-
-
-class QueriesFromTheSide(nn.Module):
-    """Two stages whose second blocks look for queries that a generator with two resolutions of its
-    own makes of the stage's first map, as in "Global Context Vision Transformers"."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(2, 8, 2, stride=2)
-        self.stages = nn.ModuleList([QueryStage(8), QueryStage(16)])
-        self.shrink = nn.Conv2d(8, 16, 2, stride=2)
-        self.norm, self.logits = nn.LayerNorm(16), nn.Linear(16, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stages[1](self.shrink(self.stages[0](self.stem(x))))
-        return self.logits(self.norm(x.mean(dim=(2, 3))))
-
-
-class QueryStage(nn.Module):
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.generate = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1) for _ in range(2))
-        self.blocks = nn.ModuleList(PixelMlp(dim) for _ in range(2))
-        self.key, self.val, self.back = (nn.Conv2d(dim, dim, 1) for _ in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        asked = x
-        for generate in self.generate:
-            asked = F.max_pool2d(asked + F.gelu(generate(asked)), 2)
-        x = x + self.blocks[0](x)
-        q, k, v = (y.flatten(2).mT[:, None] for y in (asked, self.key(x), self.val(x)))
-        found = F.scaled_dot_product_attention(q, k, v).mean(dim=(1, 2))[:, :, None, None]
-        x = x + self.back(found.expand_as(x))
-        return x + self.blocks[1](x)
 
 
 def test_what_only_makes_queries_for_the_blocks_ends_no_stage() -> None:

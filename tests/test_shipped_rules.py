@@ -86,6 +86,16 @@ def test_a_small_network_compiles_by_each_file(name: str, tmp_path: Path) -> Non
     )
 
 
+@pytest.mark.parametrize("name", [n for n in COMPILED if n != "int8-attention"])
+def test_a_scope_of_one_layer_compiles_by_each_file(name: str, tmp_path: Path) -> None:
+    model = seeded(TinyViT, Shape(depth=1, dim=128))
+    scope = "layers.0.feed.up"
+    compilation = begin(model, images(4), {"version": 1, "extends": name}, tmp_path, scope=scope)
+    [plan] = plans_of(run_until(compilation, "mark")).values()
+    assert plan.sparsity or plan.quantize
+    assert not remarks_of(compilation, "mark", Kind.MISSED)
+
+
 @pytest.mark.parametrize("name", COMPILED)
 def test_the_example_compiles_by_each_file(name: str, tmp_path: Path) -> None:
     spec = importlib.util.spec_from_file_location("digits_vit", EXAMPLE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 
 import onnx
 import pytest
+from rich.console import Console
 
 from gpusq_compile.cli import default_output
 from gpusq_compile.plan import Treatment
-from gpusq_compile.report.terminal import plan_table
+from gpusq_compile.report.terminal import plan_table, show_plan
 from tests.command_line import ONE_SHOT, Run, compile_here
 from tests.photos import make_coco, make_image_folder
 from tests.tiny_transformers import save_config, save_model
@@ -188,6 +190,19 @@ class TestPlan:
             ("blocks.1.fc2", "1"),
             ("head", "1"),
         ]
+
+    @pytest.mark.parametrize("width", [60, 300])
+    def test_no_name_is_cut_or_folded_whatever_the_width(self, width: int) -> None:
+        name = "detr.model.backbone.model.encoder.stages.1.layers.0.layer.1.convolution"
+        asked = Treatment("2:4", "int8", "int8").as_dict()
+        layer = {"name": name, "role": "mlp", "shape": [64, 32], "requested": asked, "reasons": []}
+        stream = io.StringIO()
+        report = {"layers": [layer, layer | {"name": "head"}], "passes": [], "attentions": []}
+        show_plan(report, Console(file=stream, width=width))
+        lines = stream.getvalue().splitlines()
+        [found] = [index for index, line in enumerate(lines) if name in line]
+        cells = lines[found + (width == 60)].replace("│", " ").split()
+        assert cells[width == 300 :] == ["1", "mlp", "64x32", "2:4", "int8", "int8", "-"]
 
     def test_taps_say_which_stage_ends_there_and_at_what_size(self, run: Compile) -> None:
         save_config("SwinForImageClassification", Path("mine"))

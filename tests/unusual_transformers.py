@@ -239,3 +239,37 @@ class ClassTokens(nn.Module):
         token = token + self.look(torch.cat([token, x], dim=1))
         token = token + self.feed(token)
         return self.logits(self.norm(token)[:, 0])
+
+
+class QueriesFromTheSide(nn.Module):
+    """Two stages whose second blocks look for queries that a generator with two resolutions of its
+    own makes of the stage's first map, as in "Global Context Vision Transformers"."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 8, 2, stride=2)
+        self.stages = nn.ModuleList([QueryStage(8), QueryStage(16)])
+        self.shrink = nn.Conv2d(8, 16, 2, stride=2)
+        self.norm, self.logits = nn.LayerNorm(16), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stages[1](self.shrink(self.stages[0](self.stem(x))))
+        return self.logits(self.norm(x.mean(dim=(2, 3))))
+
+
+class QueryStage(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.generate = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1) for _ in range(2))
+        self.blocks = nn.ModuleList(PixelMlp(dim) for _ in range(2))
+        self.key, self.val, self.back = (nn.Conv2d(dim, dim, 1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        asked = x
+        for generate in self.generate:
+            asked = F.max_pool2d(asked + F.gelu(generate(asked)), 2)
+        x = x + self.blocks[0](x)
+        q, k, v = (y.flatten(2).mT[:, None] for y in (asked, self.key(x), self.val(x)))
+        found = F.scaled_dot_product_attention(q, k, v).mean(dim=(1, 2))[:, :, None, None]
+        x = x + self.back(found.expand_as(x))
+        return x + self.blocks[1](x)

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, get_args
 
 from gpusq_compile.engine import probe
@@ -17,6 +16,12 @@ from gpusq_compile.language.schema import Compute
 
 BACKENDS = ("auto", "none", "tensorrt", "tensorrt-rtx")
 PORTABLE = "portable"
+
+PROBE_SECONDS = 120
+"""Time for a builder's library to load, from a slow disk that many read at once too."""
+
+_FOUND: dict[str, dict[str, Any]] = {}
+"""What the libraries that are here said of themselves."""
 
 GET_RTX = "pip install 'gpusq-compile[rtx]' (any machine, no GPU needed)"
 GET_TENSORRT = (
@@ -92,26 +97,45 @@ def _auto(targets: Sequence[str]) -> tuple[Backend | None, tuple[str, ...]]:
     return rtx, tuple(remarks)
 
 
-@cache
-def _asked(module: str) -> dict[str, Any]:
-    """What probe.py finds of a builder's library; this process does not load it."""
-    done = subprocess.run(
-        [sys.executable, probe.__file__, module],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
+def probe_library(module: str) -> dict[str, Any]:
+    """What probe.py finds of a builder's library; this process does not load it.
+
+    It is asked once where it is there. What is missing may be installed while this process lives.
+    """
+    if module not in _FOUND:
+        found = _run_probe(module)
+        if "error" in found:
+            return found
+        _FOUND[module] = found
+    return _FOUND[module]
+
+
+def _run_probe(module: str) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
-        said = done.stderr.strip().splitlines() or ["it says nothing"]
-        error = f"its process ended with code {done.returncode}: {said[-1]}"
+        done = subprocess.run(
+            [sys.executable, "-P", probe.__file__, module],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=PROBE_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        error = f"loading it takes more than {PROBE_SECONDS} seconds"
         return {"missing": False, "error": error}
-    return found
+    try:
+        found = json.loads(done.stdout)
+    except ValueError:
+        found = None
+    if isinstance(found, dict):
+        return found
+    said = done.stderr.strip().splitlines() or ["it says nothing"]
+    error = f"its process ended with code {done.returncode}: {said[-1]}"
+    return {"missing": False, "error": error}
 
 
-def _library(module: str, name: str, hint: str) -> dict[str, Any]:
-    found = _asked(module)
+def _require_library(module: str, name: str, hint: str) -> dict[str, Any]:
+    found = probe_library(module)
     if "error" in found:
         why = "is not installed" if found["missing"] else f"cannot be imported: {found['error']}"
         raise InputError(
@@ -121,13 +145,13 @@ def _library(module: str, name: str, hint: str) -> dict[str, Any]:
 
 
 def _tensorrt_rtx() -> Backend:
-    found = _library("tensorrt_rtx", "tensorrt-rtx", GET_RTX)
+    found = _require_library("tensorrt_rtx", "tensorrt-rtx", GET_RTX)
     targets = (PORTABLE, *found["capabilities"])
     return Backend("tensorrt-rtx", "tensorrt_rtx", found["version"], targets)
 
 
 def _tensorrt() -> Backend:
-    version = _library("tensorrt", "tensorrt", GET_TENSORRT)["version"]
+    version = _require_library("tensorrt", "tensorrt", GET_TENSORRT)["version"]
     if int(version.split(".")[0]) < 10:
         raise InputError(
             "engine-backend-missing",

@@ -10,7 +10,7 @@ and activations lie on the way from one GEMM to the next.
 - `stage_end` (add): the last residual add of a stage.
 - `final_projection` (normalization): the last one before the classifier.
 - `classifier` (GEMM): its output reaches the graph's output with no other weighted operator,
-  normalization or residual add between.
+  normalization or residual add between, and it is not the first operator with weights.
 
 A stage is a run of residual adds that hand on one feature map, with no weight between them; an
 isotropic model has one stage. Adds that only feed the branches of other ones make no stage.
@@ -272,7 +272,18 @@ class _Search:
                 # What is read off learned queries alone classifies nothing, whatever the batch.
                 if is_gemm(node) and node in self.by_value and node not in found:
                     found.append(node)
-        return found
+        return [node for node in found if not self.is_first(node)]
+
+    def is_first(self, node: torch.fx.Node) -> bool:
+        """Whether nothing that the input goes through before reads a stored tensor, as where a
+        scope is one layer."""
+        above = walk_inputs(node, lambda source: source in self.by_value)
+        return not any(
+            parameter.op == "get_attr"
+            for source in above
+            if source in self.by_value
+            for parameter in source.all_input_nodes
+        )
 
     def stage_ends(
         self, embeds: list[torch.fx.Node], queries: set[torch.fx.Node]

@@ -46,9 +46,9 @@ def untranslatable(graph: torch.fx.Graph) -> torch.fx.Node | None:
     """
     seen: set[object] = set()
     for node in graph.nodes:
-        if node.op != "call_function" or is_translated(node.target) or _call(node) in seen:
+        if node.op != "call_function" or is_translated(node.target) or call_key(node) in seen:
             continue
-        seen.add(_call(node))
+        seen.add(call_key(node))
         parts = decomposition(node)
         if parts is not None and not all(is_translated(part.target) for part in parts.nodes):
             found: torch.fx.Node = node
@@ -56,7 +56,7 @@ def untranslatable(graph: torch.fx.Graph) -> torch.fx.Node | None:
     return None
 
 
-def _call(node: torch.fx.Node) -> tuple[object, str]:
+def call_key(node: torch.fx.Node) -> tuple[object, str]:
     """What a decomposition may depend on: the operator, types and axes of tensors, all the rest."""
 
     def kind(source: torch.fx.Node) -> str:

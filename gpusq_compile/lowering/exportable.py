@@ -5,16 +5,18 @@ from __future__ import annotations
 import torch
 import torch.fx
 
-from gpusq_compile.errors import InputError
+from gpusq_compile.errors import CheckFailed, InputError
 from gpusq_compile.graph.query import aten, operator_name, place_of, value_dependent
 from gpusq_compile.lowering.decompose import untranslatable
+from gpusq_compile.lowering.lift import CallConvention
+from gpusq_compile.lowering.rehearsal import rehearse
 from gpusq_compile.lowering.to_onnx import WAY_OUT
 
 SCALARS: frozenset[object] = frozenset({aten.item.default, aten._local_scalar_dense.default})
 
 
-def check_exportable(graph: torch.fx.Graph) -> None:
-    """Find the first operator that cannot become ONNX.
+def check_exportable(graph: torch.fx.Graph, convention: CallConvention) -> None:
+    """Find the first operator that cannot become ONNX, or cannot with its arguments.
 
     Raises:
         InputError: naming it and its place in the source of the model.
@@ -31,6 +33,12 @@ def check_exportable(graph: torch.fx.Graph) -> None:
     node = untranslatable(graph)
     if node is not None:
         raise refusal(node, f"ONNX has no form of the operator '{operator_name(node)}'", WAY_OUT)
+    try:
+        rehearse(graph, convention)
+    except CheckFailed as error:
+        raise InputError(
+            "operator-unsupported", error.message, location=error.location, hint=error.hint
+        ) from error
 
 
 def check_control_flow(graph: torch.fx.Graph) -> None:

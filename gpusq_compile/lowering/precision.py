@@ -19,6 +19,7 @@ def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     own_scales(model)
     name_zeros(model)
+    summing = name_summing(model)
     half = convert_float_to_float16(
         model,
         keep_io_types=True,
@@ -26,7 +27,9 @@ def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
         force_fp16_initializers=True,
         # The default list leaves operators in FP32 that TensorRT runs in FP16.
         op_block_list=float32_only({node.op_type for node in model.graph.node}),
+        node_block_list=summing,
     )
+    drop_repeated(half.graph)
     converted = ir.from_proto(half)
     common_passes.TopologicalSortPass()(converted)
     proto: onnx.ModelProto = ir.to_proto(converted)
@@ -58,6 +61,36 @@ def name_zeros(model: onnx.ModelProto) -> None:
         if node.op_type == "ConstantOfShape" and not node.attribute:
             zero = onnx.numpy_helper.from_array(np.zeros(1, dtype=np.float32))
             node.attribute.append(onnx.helper.make_attribute("value", zero))
+
+
+def drop_repeated(graph: onnx.GraphProto) -> None:
+    """Keep one of the casts that the conversion adds once for each reader, all of one name."""
+    made: set[str] = set()
+    for node in list(graph.node):
+        if node.output and made.issuperset(node.output):
+            graph.node.remove(node)
+        made.update(node.output)
+    known: set[str] = set()
+    for value in list(graph.value_info):
+        if value.name in known:
+            graph.value_info.remove(value)
+        known.add(value.name)
+
+
+def name_summing(model: onnx.ModelProto) -> list[str]:
+    """The names of the scatters that add or multiply what meets at one place, under new ones where
+    they have none.
+
+    In half each of many steps rounds, and ONNX Runtime has no kernel for it.
+    """
+    found = []
+    for index, node in enumerate(model.graph.node):
+        if node.op_type not in ("ScatterElements", "ScatterND"):
+            continue
+        if any(a.name == "reduction" and a.s in (b"add", b"mul") for a in node.attribute):
+            node.name = node.name or f"scatter_{index}"
+            found.append(node.name)
+    return found
 
 
 def float32_only(operators: set[str]) -> list[str]:

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
+import onnxruntime.capi.onnxruntime_pybind11_state as ort_state
 import torch
 import torch.fx
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map_only, tree_unflatten
 
+from gpusq_compile.errors import CheckFailed, Location
 from gpusq_compile.language.schema import Verify
 from gpusq_compile.lowering.lift import CallConvention
+from gpusq_compile.lowering.to_onnx import WAY_OUT
 from gpusq_compile.numerics import cosine_per_sample, largest_difference, spread
 
 TIE = 0.05
 """Classes whose reference logits differ by less than this share of the logits' standard deviation
 are a tie: either may win under rounding, and no disagreement is counted."""
+
+RUNTIME_ERRORS = tuple(
+    kind
+    for _, kind in inspect.getmembers(ort_state, inspect.isclass)
+    if issubclass(kind, Exception)
+)
 
 
 @dataclass(frozen=True)
@@ -29,10 +41,6 @@ class Expected:
 
     inputs: list[torch.Tensor]
     outputs: list[torch.Tensor]
-
-
-Answer = tuple[list[torch.Tensor], list[torch.Tensor]]
-"""A batch of flat inputs, and the runtime's flat outputs for it."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +96,12 @@ class Numerics:
 
 
 def record(graph_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Expected:
-    """Run the graph on one batch and keep what the final file must reproduce."""
+    """Run the graph on one batch and keep what the final file must reproduce.
+
+    Of the batch a copy: a user's model may write into its inputs when it is evaluated later on.
+    """
     with torch.no_grad():
+        args, kwargs = tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
         outputs = graph_module(*args, **kwargs)
     return Expected(tensor_leaves((args, kwargs)), [leaf.cpu() for leaf in tensor_leaves(outputs)])
 
@@ -100,13 +112,18 @@ def tensor_leaves(tree: Any) -> list[torch.Tensor]:
 
 
 def open_session(model: Path | bytes, *, runs: int | None = None) -> onnxruntime.InferenceSession:
-    """A CPU session, of a file or a serialized model, that computes each operator as ONNX says.
+    """A CPU session, of a file or a serialized model, that computes Q/DQ as ONNX says.
 
-    Fusing Q/DQ into integer kernels would saturate on processors without VNNI and measure the
-    processor, not the file; other fusions round elsewhere than the file says, and finding them
-    takes longer and three times the memory of the session. What remains is to fold constants, the
-    weights' dequantization among them: worth it from the second of the `runs` on, None standing
-    for many.
+    Fused into integer kernels, they would saturate on processors without VNNI and measure the
+    processor, not the file. The graph of a single run is taken as it is. From the second of `runs`
+    on, None standing for many, ONNX Runtime's basic rewrites are worth their time: they fold
+    constants, dequantized weights among them, and fuse such as Conv with BatchNormalization. Its
+    further fusions round elsewhere than the file says, and take three times the session's memory.
+
+    Source: ONNX Runtime, "Graph Optimizations in ONNX Runtime".
+
+    Raises:
+        CheckFailed: ONNX Runtime cannot take the model.
     """
     levels = onnxruntime.GraphOptimizationLevel
     options = onnxruntime.SessionOptions()
@@ -118,20 +135,71 @@ def open_session(model: Path | bytes, *, runs: int | None = None) -> onnxruntime
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.disable_quant_qdq", "1")
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(
-        model if isinstance(model, bytes) else str(model),
-        sess_options=options,
-        providers=["CPUExecutionProvider"],
-    )
+    # Of its errors only the fatal ones: the others are raised, and say the same.
+    options.log_severity_level = 4
+    with runtime_failures():
+        return onnxruntime.InferenceSession(
+            model if isinstance(model, bytes) else str(model),
+            sess_options=options,
+            providers=["CPUExecutionProvider"],
+        )
 
 
 def run_session(
     session: onnxruntime.InferenceSession, inputs: list[torch.Tensor]
 ) -> list[torch.Tensor]:
+    """The runtime's flat outputs for one batch.
+
+    Raises:
+        CheckFailed: ONNX Runtime cannot run one of the operators.
+    """
     names = [value.name for value in session.get_inputs()]
     feeds = {name: value.detach().cpu().numpy() for name, value in zip(names, inputs, strict=True)}
-    return [torch.from_numpy(value) for value in session.run(None, feeds)]
+    with runtime_failures():
+        found = session.run(None, feeds)
+    return [torch.as_tensor(value) for value in found]
+
+
+@contextlib.contextmanager
+def runtime_failures() -> Iterator[None]:
+    """ONNX Runtime's own errors as `CheckFailed`, in a line."""
+    try:
+        yield
+    except RUNTIME_ERRORS as error:
+        text = " ".join(str(error).split()).rpartition("[ONNXRuntimeError] : ")[2]
+        raise CheckFailed(
+            "onnxruntime",
+            f"ONNX Runtime, which checks the model, cannot run it: {text}",
+            hint=WAY_OUT,
+        ) from error
+
+
+@contextlib.contextmanager
+def at_its_line(places: Mapping[str, Location], hint: str | None = None) -> Iterator[None]:
+    """What a runtime or a builder cannot do with a node, at the line that the node is from.
+
+    Args:
+        places: the lines by the names of the ONNX nodes.
+        hint: the way out where there is a line, for an error that has none of its own.
+    """
+    try:
+        yield
+    except CheckFailed as error:
+        if (found := placed(error, places, hint)) is error:
+            raise
+        raise found from error
+
+
+def placed(
+    error: CheckFailed, places: Mapping[str, Location], hint: str | None = None
+) -> CheckFailed:
+    """The error with the line of the model that the ONNX node it names is from."""
+    # In its own words a builder adds numbers to a node's name.
+    named = [name for name in places if re.search(rf"\b{re.escape(name)}(\b|_)", error.message)]
+    place = places[max(named, key=len)] if named else None
+    if error.location is not None or place is None:
+        return error
+    return CheckFailed(error.code, error.message, location=place, hint=error.hint or hint)
 
 
 def compare(
@@ -156,7 +224,7 @@ def compare(
             largest = largest_difference(ours, theirs)
             if largest > difference:
                 difference, worst = largest, index
-        samples += len(actual[0])
+        samples += next(len(output) for output in actual if output.ndim)
         if find_logits is not None and disagreements is not None:
             ours, theirs = find_logits(actual).float(), find_logits(batch.outputs).float()
             chosen = theirs.gather(1, ours.argmax(dim=1, keepdim=True)).squeeze(1)
@@ -171,7 +239,6 @@ class SessionModule(nn.Module):
     """The runtime in the place of the compiled module, for the user's model around it.
 
     It returns what the module returned: tensors from the runtime, anything else as recorded.
-    Batches that the runtime has `answered` already are not run again.
     """
 
     def __init__(
@@ -179,26 +246,18 @@ class SessionModule(nn.Module):
         session: onnxruntime.InferenceSession,
         convention: CallConvention,
         device: torch.device,
-        answered: Sequence[Answer] = (),
     ) -> None:
         super().__init__()
         self.session = session
         self.convention = convention
         self.device = device
-        self.answered = answered
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        inputs = tensor_leaves((args, kwargs))
-        found = next((outputs for known, outputs in self.answered if same(known, inputs)), None)
-        results = run_session(self.session, inputs) if found is None else found
-        # The user's own part of the model may write into what it gets.
-        copies = [result.to(self.device, copy=True) for result in results]
-        return structured(copies, self.convention)
+        return self.restored(run_session(self.session, tensor_leaves((args, kwargs))))
 
-
-def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
-    """Whether the tensors are equal, one by one."""
-    return len(first) == len(second) and all(map(torch.equal, first, second))
+    def restored(self, results: list[torch.Tensor]) -> Any:
+        """The module's outputs from the runtime's."""
+        return structured([result.to(self.device) for result in results], self.convention)
 
 
 def structured(tensors: list[torch.Tensor], convention: CallConvention) -> Any:

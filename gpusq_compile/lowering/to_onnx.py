@@ -66,20 +66,7 @@ def to_onnx(
     Raises:
         CheckFailed: the exporter has no translation for an operator.
     """
-    try:
-        with quiet_exporter():
-            exported = torch.onnx.export(
-                program,
-                dynamo=True,
-                opset_version=OPSET,
-                optimize=False,
-                verbose=False,
-                custom_translation_table=TRANSLATIONS,
-            )
-    except torch.onnx.errors.OnnxExporterError as error:
-        raise _failure(program, error) from error
-    assert exported is not None
-    model = exported.model
+    model = translated(program)
     if places is not None:
         for node in model.graph:
             place = place_in(node.metadata_props.get(STACK_TRACE, ""))
@@ -102,6 +89,28 @@ def to_onnx(
     ):
         simplify(model)
     return ir.to_proto(model)
+
+
+def translated(program: torch.export.ExportedProgram) -> ir.Model:
+    """The program as the exporter translates it, before any simplification.
+
+    Raises:
+        CheckFailed: the exporter has no translation for an operator.
+    """
+    try:
+        with quiet_exporter():
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                optimize=False,
+                verbose=False,
+                custom_translation_table=TRANSLATIONS,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise _failure(program, error) from error
+    assert exported is not None
+    return exported.model
 
 
 def _failure(program: torch.export.ExportedProgram, error: Exception) -> CheckFailed:

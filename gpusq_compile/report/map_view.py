@@ -14,7 +14,7 @@ from gpusq_compile.compilation import Compilation
 from gpusq_compile.data import Batch, has_logits, logits_of
 from gpusq_compile.finetune.taps import Tap
 from gpusq_compile.graph.query import module_calls, module_path
-from gpusq_compile.graph.roles import find_roles
+from gpusq_compile.offers import collect
 from gpusq_compile.report.cam import (
     GRAD_CAM,
     Map,
@@ -55,7 +55,7 @@ class MapObserver:
 
     def begin(self, compilation: Compilation, evidence: Evidence) -> None:
         """Choose the places, and say where there will be no maps."""
-        places = find_places(compilation.ir)
+        places = find_places(compilation)
         self.nodes = [node for node, _ in places]
         evidence.places = [place for _, place in places]
         if evidence.source in ("noise", "example_inputs"):
@@ -112,19 +112,20 @@ class MapObserver:
         self.seen = []
 
 
-def find_places(graph_module: torch.fx.GraphModule) -> list[tuple[str, dict[str, str]]]:
+def find_places(compilation: Compilation) -> list[tuple[str, dict[str, str]]]:
     """Names of nodes to make maps of, with what they are: the taps, else the nodes of such roles.
 
+    The roles are those that `--dry-run` shows: where the rules name layers for one, these.
     At most `MOST_PLACES`: the first, the last, and what is evenly between.
     """
-    taps = [(n.name, m.name, m.role) for n, m in module_calls(graph_module) if isinstance(m, Tap)]
+    calls = module_calls(compilation.ir)
+    taps = [(n.name, m.name, m.role) for n, m in calls if isinstance(m, Tap)]
     if not taps:
-        roles = find_roles(graph_module.graph)
         wanted = ("patch_embed", "stage_end", "final_projection")
         taps = [
-            (node.name, module_path(node) or node.name, role)
-            for node in graph_module.graph.nodes
-            for role in roles.get(node, ())
+            (offer.node.name, module_path(offer.node) or offer.node.name, role)
+            for offer in collect(compilation.ir, compilation.rules, compilation.tied)
+            for role in offer.roles
             if role in wanted
         ]
     stages = [name for name, _, role in taps if role == "stage_end"]

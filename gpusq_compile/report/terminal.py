@@ -6,6 +6,7 @@ Tables fit 80 columns; sentences are wrapped where the terminal ends.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -55,7 +56,12 @@ def show_report(report: dict[str, Any], console: Console, files: Iterable[str] =
 
 def show_plan(report: dict[str, Any], console: Console) -> None:
     """Print what the rules decided, of a report that stops there (`--dry-run`)."""
-    console.print(plan_table(report))
+    table = plan_table(report)
+    unlimited = console.options.update(max_width=sys.maxsize)
+    if console.measure(table, options=unlimited).maximum <= console.width:
+        console.print(table)
+    else:
+        console.print("\n".join(plan_lines(report)), no_wrap=True, overflow="ignore", crop=False)
     for view in (refusals, execution_lines, attention_lines, tap_lines):
         for text in view(report):
             print_sentence(console, escape(text))
@@ -136,21 +142,38 @@ def right_in_engine(report: dict[str, Any]) -> set[str] | None:
     )
 
 
-def plan_table(report: dict[str, Any]) -> Table:
+PLAN_COLUMNS = ("n", "role", "shape", "weight", "activation", "output")
+
+
+def plan_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """What the rules ask of each layer, layers that differ in numbers alone in one row."""
-    table = Table(title="plan", title_justify="left")
-    table.add_column("layers", overflow="fold")
-    table.add_column("n", justify="right")
-    for column in ("role", "shape", "weight", "activation", "output"):
-        table.add_column(column, no_wrap=True)
     rows: dict[tuple[str, ...], list[str]] = {}
     for layer in report["layers"]:
         role = layer["role"] or UNKNOWN
         row = (NUMBER.sub("*", layer["name"]), role, *plan_cells(layer))
         rows.setdefault(row, []).append(layer["name"])
-    for (pattern, *cells), names in rows.items():
-        table.add_row(escape(pattern if len(names) > 1 else names[0]), str(len(names)), *cells)
+    return [
+        (pattern if len(names) > 1 else names[0], str(len(names)), *cells)
+        for (pattern, *cells), names in rows.items()
+    ]
+
+
+def plan_table(report: dict[str, Any]) -> Table:
+    table = Table(title="plan", title_justify="left")
+    for column in ("layers", *PLAN_COLUMNS):
+        table.add_column(column, justify="right" if column == "n" else "left", no_wrap=True)
+    for name, *cells in plan_rows(report):
+        table.add_row(escape(name), *cells)
     return table
+
+
+def plan_lines(report: dict[str, Any]) -> list[str]:
+    """The same for a narrow terminal: under each name its cells."""
+    rows = [PLAN_COLUMNS, *(tuple(cells) for _, *cells in plan_rows(report))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    texts = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    names = ["plan", *(escape(name) for name, *_ in plan_rows(report))]
+    return [line for name, text in zip(names, texts, strict=True) for line in (name, f"  {text}")]
 
 
 def plan_cells(layer: dict[str, Any]) -> tuple[str, str, str, str]:
