@@ -17,7 +17,7 @@ is what the compiler does to a model, and what it takes; accuracy is another ben
 there from the same sources, versions, machine and options, so a run that was stopped goes on.
 `--again` compiles it all the same. A row that fails is a row with its error.
 
-Writes `results/models.json` and `results/models.md`.
+Writes `results/models.json`, `results/models.md`, and from them the table in the README.
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ from pathlib import Path
 from typing import Any
 
 from compile_time import HERE, RESULTS, Ended, machine, run_process, versions
-from models_rows import ROWS, Row
-from models_table import tables
+from models_rows import FAMILIES, ROWS, Row
+from models_table import RULES, brief, tables
 
 ROOT = HERE.parent
 SOURCES = ("gpusq_compile", "passes", "rules")
-RULES = ("int8", "int4")
+BEGIN = "<!-- written by benchmarks/models.py -->"
+END = "<!-- end of what benchmarks/models.py wrote -->"
 EXIT_CODES = {1: "check failed", 2: "bad input", 3: "internal error"}
 EXAMPLES_OF_A_REASON = 3
 
@@ -279,6 +280,16 @@ def write(results: dict[str, Any], folder: Path) -> None:
         temporary.replace(folder / name)
 
 
+def write_readme(results: dict[str, Any], path: Path) -> None:
+    """Put the brief table between its two marks."""
+    families: dict[str, list[str]] = {}
+    for row in FAMILIES:
+        families.setdefault(row.family, []).append(row.name)
+    before, _, rest = path.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    path.write_text(f"{before}{BEGIN}\n{brief(results, families)}\n{END}{after}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", default=(), metavar="GLOB", help="names or families")
@@ -313,6 +324,8 @@ def main() -> None:
         said = found["error"] or f"{found['seconds']:.1f} s"
         print(f"{label}: {found['status']}: {said}", file=sys.stderr)
     write(results, arguments.output)
+    if arguments.output == RESULTS:
+        write_readme(results, ROOT / "README.md")
     print(tables(results))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 MB = 1e6
+RULES = ("int8", "int4")
 FILES = ("model.onnx", "weights.safetensors", "graph.json", "report.json", "engine/model.plan")
 PHASES = {
     "trace": ("trace", "canonicalize"),
@@ -128,6 +129,28 @@ def unlike(rows: list[dict[str, Any]]) -> str:
                 tail = f" and {more} more" if more else ""
                 lines.append(f"- {title(row)}: {kind}: {names}{tail}: {reason}")
     return "Left dense:\n\n" + "\n".join(lines) if lines else ""
+
+
+def brief(results: dict[str, Any], families: dict[str, list[str]]) -> str:
+    """For the README: of each family the largest model, with both rules files in one line."""
+    head = (
+        "family", "model", "M parameters", "GEMMs compressed", "FP32 MB", "`model.onnx` MB",
+        "`int8`", "peak", "`int4`", "peak",
+    )  # fmt: skip
+    body = []
+    for family, names in families.items():
+        rows = [[results["rows"].get(f"{name} / {rules}") for rules in RULES] for name in names]
+        pairs = [pair for pair in rows if all(row and "gemms" in row for row in pair)]
+        if not pairs:
+            continue
+        first, *_ = pair = max(pairs, key=lambda pair: pair[0]["parameters"])
+        cells = [family, first["name"], f"{first['parameters'] / 1e6:.1f}"]
+        cells.append(f"{first['gemms']['compressed']} of {first['gemms']['total']}")
+        cells += [f"{first['dense_fp32_bytes'] / MB:.0f}", megabytes(first["sizes"], "model.onnx")]
+        for row in pair:
+            cells += [f"{row['compile_seconds']:.0f} s", f"{row['peak_bytes'] / 1e9:.1f} GB"]
+        body.append(cells)
+    return table(head, body, left=2)
 
 
 def in_planned_type(engine: dict[str, Any] | None) -> str:

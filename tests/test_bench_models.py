@@ -101,3 +101,21 @@ def test_a_process_that_takes_too_long_is_killed(models: ModuleType) -> None:
 def test_an_unknown_row_is_named(models: ModuleType) -> None:
     with pytest.raises(SystemExit, match="no row matches nothing-such"):
         models.chosen(["nothing-such"])
+
+
+def test_the_readme_has_what_the_results_say(models: ModuleType, tmp_path: Path) -> None:
+    readme = BENCHMARKS.parent / "README.md"
+    copy = tmp_path / "README.md"
+    copy.write_text(readme.read_text())
+    results = models.read(BENCHMARKS / "results" / "models.json")
+    models.write_readme(results, copy)
+    assert copy.read_text() == readme.read_text()
+    rows = copy.read_text().partition(models.BEGIN)[2].partition(models.END)[0].strip().splitlines()
+    families = {row.family for row in models.FAMILIES}
+    assert len(rows) == 2 + len(families)
+    base = results["rows"]["swin_base_patch4_window7_224 / int4"]
+    assert any(
+        row.endswith(f"| {base['compile_seconds']:.0f} s | {base['peak_bytes'] / 1e9:.1f} GB |")
+        and "swin_base_patch4_window7_224" in row
+        for row in rows
+    )
