@@ -192,7 +192,7 @@ def compile_model(
     seed_everything(seed)
     with (
         joined(options.device) as (processes, own_device),
-        staging(output if processes.first else None) as stage,
+        staging(output if processes.first else None, written=not dry_run) as stage,
     ):
         options = replace(options, device=own_device)
         if not processes.first:

@@ -46,6 +46,7 @@ from gpusq_compile.questions import (
 from gpusq_compile.report.annotations import error_annotations, report_annotations
 from gpusq_compile.report.remarks_view import parse_choice
 from gpusq_compile.report.terminal import show_plan, show_report
+from gpusq_compile.sources.paths import typed_path
 
 EXIT_SIGNAL = 128
 """Exit code of a command that a signal ended, less the signal's number."""
@@ -251,8 +252,8 @@ def default_output(model: str) -> Path:
     library, _, name = model.partition(":")
     if model.endswith(".py"):
         stem = Path(model).stem
-    elif library == "hf" and Path(name).exists():
-        path = Path(name).resolve()
+    elif library == "hf" and os.path.exists(path := typed_path(name)):
+        path = path.resolve()
         stem = f"hf-{path.parent.name if path.name == 'config.json' else path.stem}"
     else:
         stem = model.replace(":", "-").replace("/", "-")

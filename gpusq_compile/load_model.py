@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 from gpusq_compile.errors import InputError, Location, did_you_mean, nearest, relative_to_cwd
 from gpusq_compile.model_source import ARGUMENTS, DATA_FUNCTIONS, DataFactory, ModelSource
 from gpusq_compile.sources.library import load_library_model
+from gpusq_compile.sources.paths import nearest_path, readable_files, typed_path
 from gpusq_compile.user_code import call_user, defined_at, described, user_error
 
 REQUIRED = ("model", "example_inputs")
@@ -41,8 +43,10 @@ def load_source(
     """
     library, separator, name = spec.partition(":")
     if separator and library in LIBRARIES:
-        return load_library_model(library, name, data=data, weights=weights, scope=scope)
-    if separator and not Path(spec).exists():
+        with readable_files():
+            return load_library_model(library, name, data=data, weights=weights, scope=scope)
+    path = typed_path(spec)
+    if separator and not os.path.exists(path):
         raise InputError(
             "unknown-model-library",
             f"no model library '{library}' (from '{spec}')",
@@ -56,7 +60,8 @@ def load_source(
                 hint="a model file brings its own data and weights; "
                 f"{option} is for timm:NAME, torchvision:NAME and hf:DIR",
             )
-    return _load_file(Path(spec))
+    with readable_files():
+        return _load_file(path)
 
 
 def _load_file(path: Path) -> ModelSource:
@@ -90,7 +95,10 @@ def _load_file(path: Path) -> ModelSource:
 
 def _no_file(path: Path) -> InputError:
     siblings = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
-    if close := nearest(str(path), siblings):
+    close = nearest(str(path), siblings)
+    if close is None and not path.parent.is_dir():
+        close = str(nearest_path(path) or "")
+    if close:
         hint = f"did you mean {close}?"
     elif path.suffix or len(path.parts) > 1:
         hint = MODEL_FORMS

@@ -11,7 +11,7 @@ import torch.fx
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from gpusq_compile.errors import InputError, did_you_mean
+from gpusq_compile.errors import InputError, nearest
 from gpusq_compile.output_cache import Cached
 
 
@@ -112,8 +112,24 @@ def _submodule(root: nn.Module, scope: str) -> nn.Module:
         raise InputError(
             "unknown-scope",
             f"the model has no submodule '{scope}'",
-            hint=did_you_mean(scope, [name for name in names if name.count(".") <= 1]),
+            hint=_nearest_scopes(scope, names),
         ) from None
+
+
+def _nearest_scopes(scope: str, names: list[str]) -> str:
+    """The nearest submodule of any depth, and those beside what is wrong in `scope`."""
+    start = scope
+    while start and start not in names:
+        start = start.rpartition(".")[0]
+    if not start:
+        # Of a whole model, the upper two levels are enough to read.
+        listed = [name for name in names if name.count(".") <= 1]
+    else:
+        listed = [name for name in names if name.rpartition(".")[0] == start]
+    close = nearest(scope, [name for name in names if name.startswith(start)])
+    first = f"did you mean '{close}'? " if close else ""
+    below = f" in {start}" if start else ""
+    return f"{first}valid{below}: {', '.join(sorted(listed)) or 'none'}"
 
 
 def _place(root: nn.Module, scope: str, module: nn.Module) -> None:

@@ -26,25 +26,26 @@ STAGING_PREFIX = ".gpusq-staging-"
 
 
 @contextmanager
-def staging(output: Path | None) -> Iterator[Path]:
+def staging(output: Path | None, *, written: bool = True) -> Iterator[Path]:
     """A fresh folder to write in, on the file system of `output`; removed at the end in any case.
+
+    Args:
+        written: whether anything is going to be; otherwise no folder is made, and `output` need
+            not be writable.
 
     Raises:
         InputError: `output` is a file, or cannot be created or written.
     """
-    if output is None:
+    if output is None and written:
         with tempfile.TemporaryDirectory(prefix="gpusq-") as folder:
             yield Path(folder)
         return
-    if output.exists() and not output.is_dir():
-        raise InputError(
-            "output-is-a-file", f"{output} is a file", hint="-o takes a folder, made when missing"
-        )
-    blocked = [name for name in FOLDERS if output.is_dir() and (output / name).is_file()]
-    if blocked:
-        raise InputError(
-            "output-in-the-way", f"{output / blocked[0]} is a file where a folder must go"
-        )
+    if output is not None:
+        _check_free(output)
+    if output is None or not written:
+        # Whoever writes all the same fails at once, as nothing can lie below a device.
+        yield Path(os.devnull) / "unwritten"
+        return
     missing = [folder for folder in (output, *output.parents) if not folder.exists()]
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -62,6 +63,19 @@ def staging(output: Path | None) -> Iterator[Path]:
     finally:
         shutil.rmtree(stage, ignore_errors=True)
         _remove_empty(missing)
+
+
+def _check_free(output: Path) -> None:
+    """Raise InputError where a file lies in place of `output` or of a folder in it."""
+    if output.exists() and not output.is_dir():
+        raise InputError(
+            "output-is-a-file", f"{output} is a file", hint="-o takes a folder, made when missing"
+        )
+    blocked = [name for name in FOLDERS if output.is_dir() and (output / name).is_file()]
+    if blocked:
+        raise InputError(
+            "output-in-the-way", f"{output / blocked[0]} is a file where a folder must go"
+        )
 
 
 def _remove_abandoned(output: Path) -> None:

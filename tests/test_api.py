@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -388,6 +389,39 @@ def test_a_dry_run_matches_the_rules_and_writes_nothing(tmp_path: Path) -> None:
     assert result.onnx_model is None
     assert result.output is None
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_needs_no_folder_to_write_in() -> None:
+    # Below a device not even root can make a folder.
+    output = Path(os.devnull) / "out"
+    result = compile_model(tiny(), (images(2),), rules="int8", output=output, dry_run=True)
+    assert result.report["layers"]
+    with pytest.raises(InputError) as caught:
+        compile_model(tiny(), (images(2),), rules="int8", output=output)
+    assert caught.value.code == "output-not-writable"
+
+
+def test_a_dry_run_names_a_file_in_place_of_its_output(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    with pytest.raises(InputError) as caught:
+        compile_model(tiny(), (images(2),), rules="int8", output=tmp_path / "out", dry_run=True)
+    assert caught.value.code == "output-is-a-file"
+
+
+@pytest.mark.parametrize(
+    ("scope", "hint"),
+    [
+        ("layers.0.feed.upp", "did you mean 'layers.0.feed.up'? valid in layers.0.feed: "),
+        ("layers.0.feeed.up", "did you mean 'layers.0.feed.up'? valid in layers.0: "),
+        ("layers.7.feed", "valid in layers: layers.0"),
+        ("layer.0.feed.up", "did you mean 'layers.0.feed.up'? valid: "),
+    ],
+)
+def test_a_scope_of_any_depth_is_answered_with_the_nearest(scope: str, hint: str) -> None:
+    with pytest.raises(InputError) as caught:
+        compile_model(tiny(), (images(2),), rules="int8", scope=scope, dry_run=True)
+    assert caught.value.code == "unknown-scope"
+    assert hint in (caught.value.hint or "")
 
 
 class Several(nn.Module):

@@ -258,6 +258,8 @@ class TestLibraryModels:
             ("timm:deit_tny_patch16_224", ["no model 'deit_tny", "timm:deit_tiny_patch16_224?"]),
             ("timm:zzz", ["timm has no model 'zzz'", "timm.list_models()"]),
             ("torchvision:vit_b16", ["no model 'vit_b16'", "torchvision:vit_b_16?"]),
+            ("torchvision:ViT_B_16", ["no model 'ViT_B_16'", "torchvision:vit_b_16?"]),
+            ("timm:deit_tiny", ["timm:deit_tiny_patch16_224?", "names begin so"]),
         ],
     )
     def test_an_unknown_model_is_named_with_the_nearest(

@@ -10,6 +10,7 @@ from gpusq_compile.sources.coco import coco
 from gpusq_compile.sources.image_folder import image_folder
 from gpusq_compile.sources.images import check_channels
 from gpusq_compile.sources.model import LibraryModel, Task
+from gpusq_compile.sources.paths import nearest_path, typed_path
 
 READERS = {"imagefolder": image_folder, "coco": coco}
 KINDS: dict[Task, tuple[str, ...]] = {
@@ -43,10 +44,15 @@ def give_data(source: ModelSource, model: LibraryModel, data: str) -> None:
             if bare
             else did_you_mean(kind, READERS) + "; each is followed by :DIR",
         )
-    root = Path(folder)
+    root = typed_path(folder)
     if not root.is_dir():
         near = f" ({root} is a file)" if root.exists() else ""
-        raise InputError("data-missing", f"no folder at {root} (from --data {data}){near}")
+        close = None if near else nearest_path(root)
+        raise InputError(
+            "data-missing",
+            f"no folder at {root} (from --data {data}){near}",
+            hint=f"did you mean {kind}:{close}?" if close else None,
+        )
     if kind not in KINDS[model.task]:
         raise InputError(
             "data-for-another-task",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -132,6 +133,7 @@ def _read(folder: Path) -> Split:
     extensions = tuple(require("torchvision.datasets.folder").IMG_EXTENSIONS)
     files: list[tuple[Path, str]] = []
     for place in classes:
+        os.listdir(place)  # rglob() passes in silence over a folder that may not be read.
         found = [
             path
             for path in sorted(place.rglob("*"))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from gpusq_compile.errors import InputError, nearest
 from gpusq_compile.sources.model import PRETRAINED, Classes, Images, LibraryModel
+from gpusq_compile.sources.paths import typed_path
 from gpusq_compile.sources.require import quiet_downloads, require
 from gpusq_compile.sources.weights import load_weights
 
@@ -52,7 +52,7 @@ def timm_model(name: str, weights: str | None) -> LibraryModel:
         random=weights is None,
     )
     if weights is not None and not pretrained:
-        load_weights(module, Path(weights))
+        load_weights(model, typed_path(weights))
     return model
 
 
@@ -76,12 +76,15 @@ def not_built(library: str, name: str, error: Exception) -> InputError:
 
 
 def unknown_model(library: str, name: str, valid: list[str]) -> InputError:
-    close = nearest(name, valid)
+    # What people leave out is the end of a name.
+    longer = sorted((found for found in valid if found.startswith(name.lower())), key=len)
+    close = longer[0] if longer and name else nearest(name.lower(), valid)
     module = "torchvision.models" if library == "torchvision" else library
     return InputError(
         "unknown-model",
         f"{library} has no model '{name}'",
         hint=f"did you mean {library}:{close}?"
+        + (f" {len(longer)} names begin so" if len(longer) > 1 else "")
         if close
         else f"{module}.list_models() lists all {len(valid)}",
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -11,6 +10,7 @@ from gpusq_compile.errors import InputError
 from gpusq_compile.sources.losses import pixel_loss, torchvision_detection_loss
 from gpusq_compile.sources.metrics import found_boxes, pixel_accuracy
 from gpusq_compile.sources.model import PRETRAINED, Classes, Images, LibraryModel
+from gpusq_compile.sources.paths import typed_path
 from gpusq_compile.sources.require import quiet_downloads, require
 from gpusq_compile.sources.timm_models import not_built, unknown_model
 from gpusq_compile.sources.weights import load_weights
@@ -57,7 +57,7 @@ def torchvision_model(name: str, weights: str | None) -> LibraryModel:
     model: LibraryModel = described(f"torchvision:{name}", module, published)
     model.random = weights is None
     if weights is not None and not pretrained:
-        load_weights(module, Path(weights))
+        load_weights(model, typed_path(weights))
     return model
 
 

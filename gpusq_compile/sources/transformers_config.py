@@ -6,7 +6,6 @@ alone; or a name on the Hugging Face hub.
 
 from __future__ import annotations
 
-import json
 import re
 import urllib.error
 import urllib.request
@@ -14,13 +13,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from gpusq_compile.errors import InputError, nearest, relative_to_cwd
+from gpusq_compile.errors import InputError, relative_to_cwd
+from gpusq_compile.sources.json_files import JsonFile, read_json
+from gpusq_compile.sources.paths import nearest_path, typed_path, unreadable
 from gpusq_compile.sources.require import quiet_downloads, require
 
 CONFIG = "config.json"
 PROCESSOR = "preprocessor_config.json"
+INDEX = "model.safetensors.index.json"
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 HUB_TIMEOUT_S = 5.0
 FORMS = "hf:DIR with a config.json, hf:CONFIG.json, or hf:NAME on the Hugging Face hub"
@@ -31,14 +32,14 @@ class Place:
     """Where a model's configuration is, what its weights are loaded from, and how it is called.
 
     `weights` is a folder or a hub name; None means random ones. `offline` says that nothing is
-    to be asked of the hub. `processor` is the content of its preprocessor_config.json.
+    to be asked of the hub. `processor` is its preprocessor_config.json, if it has one.
     """
 
     origin: str
-    config: dict[str, Any]
+    config: JsonFile
     source: str
     weights: str | None
-    processor: dict[str, Any] | None
+    processor: JsonFile | None
     offline: bool = True
 
 
@@ -46,24 +47,24 @@ def find(what: str) -> Place:
     """Find and read the configuration that `hf:WHAT` names.
 
     Raises:
-        InputError: there is none, it cannot be read, or its weights are pickled.
+        InputError: there is none, it cannot be read, or its weights are pickled, cannot be read or
+            are not all there.
     """
-    path = Path(what)
+    path = typed_path(what)
     origin = f"hf:{what}"
     if path.is_file():
         processor = path.with_name(PROCESSOR)
-        return Place(origin, _read(path), str(path), None, _processor(processor))
+        return Place(origin, read_json(path), str(path), None, _processor(processor))
     if path.is_dir():
         if not (path / CONFIG).is_file():
             raise InputError("config-missing", f"{path} has no {CONFIG}", hint=FORMS)
         weights = str(path) if _has_weights(path) else None
-        config = _read(path / CONFIG)
+        config = read_json(path / CONFIG)
         return Place(origin, config, str(path), weights, _processor(path / PROCESSOR))
     # A name of the hub looks like a path, but hardly like one whose folder is here.
     near = path.parent != Path() and path.parent.is_dir()
     if path.suffix == ".json" or near or not HUB_NAME.fullmatch(what):
-        siblings = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        close = nearest(str(path), siblings)
+        close = nearest_path(path)
         raise InputError(
             "config-missing",
             f"no file or folder at {path}",
@@ -74,7 +75,15 @@ def find(what: str) -> Place:
 
 def _has_weights(folder: Path) -> bool:
     """Whether a folder has safetensors weights; weights that only unpickling reads are an error."""
-    if any(folder.glob("*.safetensors")):
+    found = sorted(folder.glob("*.safetensors"))
+    for path in found:
+        # The libraries say of any file that they cannot open that it is not there.
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            raise unreadable(path, error) from None
+    _check_shards(folder)
+    if found:
         return True
     pickled = [*folder.glob("pytorch_model*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
     if pickled:
@@ -87,23 +96,25 @@ def _has_weights(folder: Path) -> bool:
     return False
 
 
-def _processor(path: Path) -> dict[str, Any] | None:
-    return _read(path) if path.is_file() else None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    shown = relative_to_cwd(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+def _check_shards(folder: Path) -> None:
+    """Raise InputError unless every file that an index of weights names is there."""
+    path = folder / INDEX
+    if not path.exists():
+        return
+    index = read_json(path)
+    files = index.content.get("weight_map")
+    names = {str(name) for name in files.values()} if isinstance(files, dict) else set()
+    if lost := sorted(name for name in names if not (folder / name).is_file()):
         raise InputError(
-            "config-not-json", f"{shown}:{error.lineno}:{error.colno}: {error.msg}"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError("config-not-json", f"{shown} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise InputError("config-not-json", f"{shown} is no JSON object")
-    return content
+            "weights-missing",
+            f"it names {lost[0]}, which is not there ({len(lost)} of {len(names)} files are not)",
+            location=index.place("weight_map"),
+            hint="copy the whole folder, or take the index away",
+        )
+
+
+def _processor(path: Path) -> JsonFile | None:
+    return read_json(path) if path.exists() else None
 
 
 def _on_hub(origin: str, name: str) -> Place:
@@ -112,11 +123,11 @@ def _on_hub(origin: str, name: str) -> Place:
     hub = require("transformers.utils.hub")
     offline = not hub_reachable()
 
-    def file(wanted: str) -> dict[str, Any] | None:
+    def file(wanted: str) -> JsonFile | None:
         found = hub.cached_file(
             name, wanted, local_files_only=offline, _raise_exceptions_for_missing_entries=False
         )
-        return None if found is None else _read(Path(found))
+        return None if found is None else read_json(Path(found))
 
     try:
         with quiet_downloads():

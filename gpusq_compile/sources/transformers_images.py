@@ -35,22 +35,26 @@ def input_images(
 ) -> tuple[Images, str]:
     """How images become `pixel_values`, and where that was read.
 
-    The size is the first of these that is known: the configuration's `image_size`, the size that
-    the preprocessor cuts or resizes to, the `image_size` of a backbone, the size of the model
-    family's own preprocessor, 224 x 224. A preprocessor that resizes the shorter side alone makes
-    inputs of any shape; a compiled model has one, so that side is taken for both.
+    The size is the first of these that is known: the configuration's `image_size`, or that of its
+    vision part; the size that the preprocessor cuts or resizes to, the `image_size` of a backbone,
+    the size of the model family's own preprocessor, 224 x 224. A preprocessor that resizes one
+    side alone makes inputs of any shape; a compiled model has one, so that side is taken for both.
+    A model of one channel has the mean of the family's means.
 
     Args:
-        processor: the content of preprocessor_config.json, None where there is none.
+        processor: the content of preprocessor_config.json, which `check_processor` has passed;
+            None where there is none.
         model_type: of the whole configuration, by which the family's preprocessor is found.
     """
     said = _family(model_type, (processor or {}).get("image_processor_type")) | (processor or {})
     own = "its preprocessor" if processor is not None else f"the default of {model_type}"
-    cut = _size(said.get("crop_size")) if said.get("do_center_crop") else None
-    resized = _size(said.get("size"))
+    named = (processor or {}).get("image_processor_type")
+    if named is not None and not hasattr(require("transformers"), named):
+        own += f", a {named}, which transformers does not know"
+    cut, resized = _made(said)
     backbone = _size(getattr(getattr(config, "backbone_config", None), "image_size", None))
     choices = [
-        (_size(getattr(config, "image_size", None)), "its configuration"),
+        (_own_size(config), "its configuration"),
         (cut or resized, own),
         (DEFAULT_SIZE, "the default"),
     ]
@@ -58,14 +62,14 @@ def input_images(
     size, place = next((size, place) for size, place in choices if size is not None)
     # A preprocessor made for another size keeps its margin.
     edge = round(min(size) * min(resized) / min(cut)) if cut and resized else None
-    mean, std = _normalization(said)
-    channels = getattr(config, "num_channels", 3)
+    channels = channels_of(config)
+    mean, std = _normalization(said, channels)
     images = Images(
         size,
         mean,
         std,
         edge=edge if edge is not None and edge >= max(size) else None,
-        channels=channels if isinstance(channels, int) else 3,
+        channels=channels,
         interpolation=PILLOW_FILTERS.get(said.get("resample"), "bilinear"),
         blue_first=bool(said.get("do_flip_channel_order")),
     )
@@ -78,20 +82,70 @@ def input_images(
     return images, text
 
 
-def _normalization(said: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def channels_of(config: Any) -> int:
+    """The channels of a model's inputs; 3 where its configuration does not say."""
+    for part in (config, *_parts(config), getattr(config, "backbone_config", None)):
+        channels = getattr(part, "num_channels", None)
+        if isinstance(channels, int):
+            return channels
+    return 3
+
+
+def other_size(config: Any, processor: dict[str, Any] | None) -> str | None:
+    """That a preprocessor makes images of another size than its model is compiled for, if so.
+
+    Some models are published so: they were trained on larger images than they are evaluated on.
+    """
+    size = _own_size(config)
+    cut, resized = _made(processor or {})
+    made = cut or resized
+    if size is None or made is None or made == size:
+        return None
+    return (
+        f"its configuration says images of {size[0]}x{size[1]}, which it is compiled for, and its "
+        f"preprocessor makes {made[0]}x{made[1]}"
+    )
+
+
+def _parts(config: Any) -> list[Any]:
+    """The vision part of a configuration of text and images."""
+    vision = getattr(config, "vision_config", None)
+    return [] if vision is None else [vision]
+
+
+def _own_size(config: Any) -> tuple[int, int] | None:
+    sizes = [_size(getattr(part, "image_size", None)) for part in (config, *_parts(config))]
+    return next((size for size in sizes if size is not None), None)
+
+
+def _made(said: dict[str, Any]) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
+    """The size that a preprocessor cuts images to, and that to which it resizes them before."""
+    cut = _size(said.get("crop_size")) if said.get("do_center_crop") else None
+    return cut, _size(said.get("size")) if said.get("do_resize") is not False else None
+
+
+def _normalization(
+    said: dict[str, Any], channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The mean and deviation for pixels in [0, 1] that do what a preprocessor does to bytes.
 
     It multiplies them by `rescale_factor` if `do_rescale` holds, and normalizes what that gives.
     """
-    mean = tuple(said.get("image_mean") or IMAGENET.mean)
-    std = tuple(said.get("image_std") or IMAGENET.std)
+    mean = _for_channels(said.get("image_mean", IMAGENET.mean) or IMAGENET.mean, channels)
+    std = _for_channels(said.get("image_std", IMAGENET.std) or IMAGENET.std, channels)
     if said and not said.get("do_normalize"):
         mean, std = (0.0,), (1.0,)
     largest = BYTES
-    if said.get("do_rescale") is not False:
+    if said.get("do_rescale", True):
         factor = said.get("rescale_factor")
         largest *= 1.0 / BYTES if factor is None else factor
     return tuple(value / largest for value in mean), tuple(value / largest for value in std)
+
+
+def _for_channels(values: Any, channels: int) -> tuple[float, ...]:
+    """One value for all channels, or one for each; a single channel has their mean."""
+    several = tuple(values) if isinstance(values, (list, tuple)) else (values,)
+    return (sum(several) / len(several),) if channels == 1 else several
 
 
 def _short(values: tuple[float, ...]) -> str:
@@ -103,12 +157,13 @@ def _size(value: Any) -> tuple[int, int] | None:
     if isinstance(value, int) and value > 0:
         return value, value
     if isinstance(value, (list, tuple)) and len(value) == 2:
-        return int(value[0]), int(value[1])
+        height, width = map(_size, value)
+        return (height[0], width[0]) if height and width else None
     if isinstance(value, dict):
         for keys in (("height", "width"), ("max_height", "max_width")):
             if all(isinstance(value.get(key), int) for key in keys):
-                return value[keys[0]], value[keys[1]]
-        return _size(value.get("shortest_edge"))
+                return _size([value[key] for key in keys])
+        return _size(value.get("shortest_edge") or value.get("longest_edge"))
     return None
 
 

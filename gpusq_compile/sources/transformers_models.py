@@ -7,22 +7,22 @@ with a model is never run, and no weights are unpickled.
 from __future__ import annotations
 
 import inspect
+import json
 import re
-from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-
 from gpusq_compile.errors import InputError, nearest
+from gpusq_compile.sources.json_files import JsonFile
 from gpusq_compile.sources.losses import pixel_loss, transformers_detection_loss
 from gpusq_compile.sources.metrics import found_queries, pixel_accuracy
 from gpusq_compile.sources.model import PRETRAINED, Classes, LibraryModel, Task
+from gpusq_compile.sources.paths import typed_path
 from gpusq_compile.sources.require import require
 from gpusq_compile.sources.transformers_config import Place, find, quiet_transformers
-from gpusq_compile.sources.transformers_images import input_images
+from gpusq_compile.sources.transformers_images import channels_of, input_images, other_size
 from gpusq_compile.sources.transformers_outputs import take_pixels_alone
-from gpusq_compile.sources.weights import misfit, read_weights
+from gpusq_compile.sources.transformers_processor import check_processor
+from gpusq_compile.sources.transformers_weights import blamed, build, reason
 
 AUTO_CLASSES = (
     "AutoModelForImageClassification",
@@ -34,6 +34,17 @@ AUTO_CLASSES = (
     "AutoBackbone",
 )
 """Tried in this order for a configuration that names no class of the library."""
+
+
+COUNTS = (
+    "hidden_size",
+    "image_size",
+    "num_attention_heads",
+    "num_channels",
+    "num_hidden_layers",
+    "patch_size",
+)
+"""Keys of configurations of which 0 says nothing, and which the library divides by or ignores."""
 
 
 def transformers_model(what: str, weights: str | None) -> LibraryModel:
@@ -57,38 +68,54 @@ def transformers_model(what: str, weights: str | None) -> LibraryModel:
         )
     notes: list[tuple[str, str]] = []
     facts: list[tuple[str, str]] = []
-    file = Path(weights) if weights not in (None, PRETRAINED) else None
+    file = typed_path(weights) if weights is not None and weights != PRETRAINED else None
     with quiet_transformers():
         config = _configuration(place)
         kind, own, why = _choose(place, config)
         if why:
             facts.append(("model-chosen", why))
-        module = _build(place, kind, own, file, notes, tower=own is not config)
+        module, random = build(
+            place,
+            kind,
+            own,
+            file,
+            notes,
+            tower=own is not config,
+            insist=weights == PRETRAINED,
+        )
     task = _task(kind)
     take_pixels_alone(module, task)
-    images, text = input_images(own, place.processor, config.model_type)
+    processor = None
+    if place.processor is not None:
+        check_processor(place.processor, channels_of(own))
+        processor = place.processor.content
+    images, text = input_images(own, processor, config.model_type)
     facts.append(("input-images", f"{place.origin}: {text}"))
+    if differs := other_size(own, processor):
+        notes.append(("input-size-differs", f"{place.origin}: {differs}"))
     model = LibraryModel(
         place.origin,
         module,
         task,
         images,
-        random=place.weights is None and file is None,
+        random=random,
         notes=notes,
         facts=facts,
     )
-    return _with_loss(model, own)
+    return _with_loss(model, own, place.config)
 
 
 def _configuration(place: Place) -> Any:
     """The library's configuration object for a config.json."""
     transformers = require("transformers")
-    model_type = place.config.get("model_type")
+    _check_config(place.config)
+    content = place.config.content
+    model_type = content.get("model_type")
     known = transformers.CONFIG_MAPPING
     if not isinstance(model_type, str) or model_type not in known:
         found = "has no model_type" if model_type is None else f"has model_type '{model_type}'"
         own_code = " and comes with code of its own, which is never run" * bool(
-            place.config.get("auto_map")
+            content.get("auto_map")
         )
         close = nearest(str(model_type), known.keys()) if model_type else None
         raise InputError(
@@ -100,24 +127,70 @@ def _configuration(place: Place) -> Any:
             else "a model file can build what the library does not know",
         )
     try:
-        return known[model_type].from_dict({**place.config, "return_dict": True})
+        return known[model_type].from_dict({**content, "return_dict": True})
     except Exception as error:
         raise InputError(
             "config-invalid",
             f"transformers refuses the configuration of {place.origin}: "
-            f"{type(error).__name__}: {_first_line(error)}",
+            f"{type(error).__name__}: {reason(error)}",
+            location=blamed(place.config, error),
         ) from error
+
+
+def _check_config(file: JsonFile) -> None:
+    """Refuse what the library would take for something else, or leave out in silence."""
+    named = file.content.get("architectures")
+    if named is not None and not (
+        isinstance(named, list) and all(isinstance(name, str) for name in named)
+    ):
+        raise InputError(
+            "config-invalid",
+            f"architectures is {json.dumps(named):.60}, expected a list of names of classes",
+            location=file.place("architectures"),
+            hint=f'write ["{named}"]' if isinstance(named, str) else None,
+        )
+    for key in COUNTS:
+        count = file.content.get(key, 1)
+        if isinstance(count, int) and count < 1:
+            raise InputError(
+                "config-invalid",
+                f"{key} is {json.dumps(count)}, expected a whole number above 0",
+                location=file.place(key),
+            )
+    labels = file.content.get("id2label")
+    if labels is not None and not (
+        isinstance(labels, dict) and all(key.isdecimal() for key in labels)
+    ):
+        raise InputError(
+            "config-invalid",
+            f"id2label is {json.dumps(labels):.60}, expected a name for each number of an output",
+            location=file.place("id2label"),
+            hint='write {"0": "cat", "1": "dog"}',
+        )
+    quantized = file.content.get("quantization_config")
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise InputError(
+            "weights-quantized",
+            f"the weights are quantized already ({method}); the compiler takes float models",
+            location=file.place("quantization_config"),
+            hint="take the float weights: the rules say how they are quantized",
+        )
 
 
 def _choose(place: Place, config: Any) -> tuple[Any, Any, str | None]:
     """The class to build, the configuration that it takes, and what a person should know of it."""
     transformers = require("transformers")
     named = list(config.architectures or ())
+    vision = getattr(config, "vision_config", None)
     for name in named:
         kind = getattr(transformers, name, None)
         if inspect.isclass(kind) and _takes_images(kind):
+            # A tower that is named has the configuration of the vision part.
+            wanted = getattr(kind, "config_class", None)
+            if wanted is not None and isinstance(vision, wanted) and type(config) is not wanted:
+                return kind, vision, None
             return kind, config, None
-    vision = getattr(config, "vision_config", None)
     if vision is not None and not isinstance(vision, dict):
         kind = _automatic(vision, ("AutoModel",))
         if kind is not None:
@@ -167,86 +240,6 @@ def _takes_images(kind: Any) -> bool:
     return "pixel_values" in parameters and "input_ids" not in parameters and not needed
 
 
-def _build(
-    place: Place,
-    kind: Any,
-    config: Any,
-    file: Path | None,
-    notes: list[tuple[str, str]],
-    *,
-    tower: bool,
-) -> Any:
-    """The module in float32, with the weights of `file`, of `place`, or random ones.
-
-    Args:
-        tower: whether it is the vision part alone of what the weights are of.
-    """
-    if place.weights is None and file is None:
-        for part in (config, getattr(config, "backbone_config", None)):
-            if part is not None and getattr(part, "use_pretrained_backbone", False):
-                part.use_pretrained_backbone = False  # It would be downloaded.
-        try:
-            return kind(config).float()
-        except Exception as error:
-            raise _not_built(place, kind, error) from error
-    # The library knows the names that a model's tensors had in its earlier versions.
-    state = None if file is None else read_weights(file)
-    try:
-        module, info = kind.from_pretrained(
-            None if file is not None else place.weights,
-            config=config,
-            state_dict=state,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=place.offline,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-    except SafetensorError as error:
-        raise InputError(
-            "weights-unreadable", f"the weights of {place.origin} are damaged: {error}"
-        ) from None
-    except OSError as error:
-        raise InputError("weights-unreadable", f"{place.origin}: {_first_line(error)}") from None
-    except Exception as error:
-        raise _not_built(place, kind, error) from error
-    missing = sorted(info["missing_keys"])
-    if missing and file is not None:
-        raise misfit(file, [f"{len(missing)} missing (first: {missing[0]})"])
-    # A vision tower leaves the text part's tensors behind, and that is said already.
-    unused = sorted(info["unexpected_keys"]) if not tower else []
-    if missing:
-        text = "are not among the weights and are random"
-        notes.append(("weights-incomplete", _counted(place, missing, text)))
-    if unused:
-        text = "of the weights are none of its own and are left out"
-        notes.append(("weights-unused", _counted(place, unused, text)))
-    return module
-
-
-def _counted(place: Place, names: list[str], what: str) -> str:
-    return f"{place.origin}: {len(names)} tensors {what} (first: {names[0]})"
-
-
-def _not_built(place: Place, kind: Any, error: Exception) -> InputError:
-    if isinstance(error, ImportError):
-        return InputError(
-            "library-not-installed",
-            f"{kind.__name__} needs another library: {_first_line(error)}",
-            hint="pip install 'gpusq-compile[models]'",
-        )
-    return InputError(
-        "model-not-loaded",
-        f"transformers could not build {kind.__name__} for {place.origin}: "
-        f"{type(error).__name__}: {_first_line(error)}",
-    )
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
 def _task(kind: Any) -> Task:
     """What the library lists a class for."""
     auto = require("transformers.models.auto.modeling_auto")
@@ -262,11 +255,20 @@ def _task(kind: Any) -> Task:
     return "features"
 
 
-def _with_loss(model: LibraryModel, config: Any) -> LibraryModel:
+def _with_loss(model: LibraryModel, config: Any, file: JsonFile) -> LibraryModel:
     """The model with the classes, the loss and the metrics of its task."""
     if model.task == "features":
         return model
     names = {int(index): str(name) for index, name in (config.id2label or {}).items()}
+    if sorted(names) != list(range(len(names))):
+        lost = next(index for index in range(len(names)) if index not in names)
+        raise InputError(
+            "config-invalid",
+            f"id2label names {len(names)} outputs, so the model has those from 0 to "
+            f"{len(names) - 1}; it names {max(names)} and not {lost}",
+            location=file.place("id2label"),
+            hint="give each output a name, 'N/A' for one that stands for nothing",
+        )
     model.classes = Classes(
         config.num_labels,
         {

@@ -1,0 +1,85 @@
+"""JSON files of a person's, with the place of each value for messages."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpusq_compile.errors import InputError, Location, relative_to_cwd
+
+SPACE = re.compile(r"[ \t\n\r]*")
+
+
+@dataclass(frozen=True)
+class JsonFile:
+    """The object in a JSON file, and the text it was read from. `shown` is its path in messages."""
+
+    shown: str
+    text: str
+    content: dict[str, Any]
+
+    def place(self, *keys: str) -> Location:
+        """Where the value of a key, of a key in it, and so on begins; the file where it is not."""
+        position: int | None = _after_space(self.text, 0)
+        for key in keys:
+            if position is None or self.text[position : position + 1] != "{":
+                return Location(self.shown)
+            position = _value_of(self.text, position, key)
+        if position is None or not keys:
+            return Location(self.shown)
+        return _location(self.shown, self.text, position)
+
+
+def read_json(path: Path) -> JsonFile:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        InputError: it cannot be read, is not JSON, or holds something else.
+    """
+    shown = relative_to_cwd(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        place = Location(shown, error.lineno, error.colno)
+        raise InputError("config-not-json", error.msg, location=place) from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError("config-not-json", f"{shown} cannot be read: {reason}") from None
+    except RecursionError:
+        raise InputError("config-not-json", f"{shown} is nested too deeply") from None
+    if not isinstance(content, dict):
+        raise InputError("config-not-json", f"{shown} is no JSON object")
+    return JsonFile(shown, text, content)
+
+
+def _after_space(text: str, position: int) -> int:
+    match = SPACE.match(text, position)
+    return match.end() if match else position
+
+
+def _value_of(text: str, position: int, wanted: str) -> int | None:
+    """Where the value of a key begins, in the object that begins at `position`.
+
+    The last of equal keys is the one that holds.
+    """
+    found = None
+    decoder = json.JSONDecoder()
+    position = _after_space(text, position + 1)
+    while text[position] == '"':
+        key, position = decoder.raw_decode(text, position)
+        position = _after_space(text, _after_space(text, position) + 1)
+        found = position if key == wanted else found
+        _, position = decoder.raw_decode(text, position)
+        position = _after_space(text, position)
+        if text[position] == ",":
+            position = _after_space(text, position + 1)
+    return found
+
+
+def _location(shown: str, text: str, position: int) -> Location:
+    line_start = text.rfind("\n", 0, position) + 1
+    return Location(shown, text.count("\n", 0, position) + 1, position - line_start + 1)
