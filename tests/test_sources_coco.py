@@ -94,6 +94,31 @@ class TestTargets:
         _, targets = one_batch(given(edited(tmp_path, change), model_for("detection")))
         assert [len(target["boxes"]) for target in targets] == [0, 1, 2, 1]
 
+    def test_of_a_box_that_reaches_over_the_border_the_rest_is_left(self, tmp_path: Path) -> None:
+        def change(content: dict[str, Any]) -> None:
+            content["annotations"][0]["bbox"] = [WIDTH - 20, -10, 200, 50]
+
+        model = model_for("detection", listed=True, classes=Classes(3, first=1))
+        _, targets = one_batch(given(edited(tmp_path, change), model))
+        assert torch.allclose(targets[1]["boxes"], torch.tensor([[70.0, 0.0, 80.0, 20.0]]))
+
+    def test_outlines_of_one_file_may_be_polygons_and_runs(self, tmp_path: Path) -> None:
+        def change(content: dict[str, Any]) -> None:
+            before, inside = 20 * HEIGHT, 30 * HEIGHT
+            counts = [before, inside, WIDTH * HEIGHT - before - inside]
+            content["annotations"][0]["segmentation"] = {"size": [HEIGHT, WIDTH], "counts": counts}
+
+        _, labels = one_batch(given(edited(tmp_path, change), model_for("segmentation")))
+        assert (labels[1] == 0).nonzero()[:, 1].unique().tolist() == list(range(10, 25))
+
+    def test_images_without_sizes_in_the_file_are_read_by_their_own(self, tmp_path: Path) -> None:
+        def change(content: dict[str, Any]) -> None:
+            for image in content["images"]:
+                del image["width"], image["height"]
+
+        _, labels = one_batch(given(edited(tmp_path, change), model_for("segmentation")))
+        assert int((labels[1] == 0).sum()) == 20 * 15
+
     def test_features_need_no_targets(self, tmp_path: Path) -> None:
         batch = one_batch(given(make_coco(tmp_path), model_for("features", classes=None)))
         assert batch.shape == (4, 3, 60, 80)
@@ -128,6 +153,19 @@ class TestLayouts:
         assert source.eval_data is not None
         assert source.notes[-1][0] != "no-evaluation-images"
 
+    def test_a_split_for_the_evaluation_alone_calibrates_and_says_so(self, tmp_path: Path) -> None:
+        source = given(make_coco(tmp_path, ("val2017",)), model_for("detection"))
+        assert source.train_data is None
+        assert source.calibration_data is not None
+        assert source.eval_data is not None
+        assert "evaluation-images-calibrate" in dict(source.notes)
+        assert "instances_train*.json" in source.data_forms
+
+    def test_of_two_files_of_one_split_the_other_is_named(self, tmp_path: Path) -> None:
+        source = given(make_coco(tmp_path, ("train2014", "train2017")), model_for("detection"))
+        text = dict(source.notes)["files-left-out"]
+        assert text.endswith("instances_train2014.json is read, and not instances_train2017.json")
+
     def test_the_simple_layout_has_nothing_to_evaluate_on_and_says_so(self, tmp_path: Path) -> None:
         source = given(make_coco(tmp_path, ()), model_for("detection"))
         assert source.train_data is not None
@@ -140,6 +178,12 @@ class TestFaults:
         error = refused(tmp_path)
         assert error.code == "data-not-coco"
         assert "instances_train*.json" in str(error.hint)
+
+    def test_annotations_of_another_name_are_said_to_be_there(self, tmp_path: Path) -> None:
+        (tmp_path / "train").mkdir()
+        (tmp_path / "train" / "_annotations.coco.json").write_text("{}")
+        error = refused(tmp_path)
+        assert error.message.endswith("but train/_annotations.coco.json")
 
     def test_annotations_without_their_images_are_refused(self, tmp_path: Path) -> None:
         make_coco(tmp_path, ("train2017",))
@@ -167,7 +211,8 @@ class TestFaults:
         (tmp_path / "annotations.json").write_text('{"images": [}')
         error = refused(tmp_path)
         assert error.code == "data-not-coco"
-        assert "annotations.json:1:13: no JSON" in error.message
+        assert str(error.location).endswith("annotations.json:1:13")
+        assert error.message.startswith("no JSON: ")
 
     @pytest.mark.parametrize(
         ("change", "part"),
@@ -175,8 +220,11 @@ class TestFaults:
             (lambda c: c.pop("categories"), "has no categories"),
             (lambda c: c["annotations"].clear(), "has no annotations"),
             (lambda c: c["annotations"][0].update(category_id=4), "category_id 4"),
-            (lambda c: c["annotations"][0].pop("bbox"), "annotation 1 with the bbox None"),
-            (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), "with the bbox [1, 2, 3]"),
+            (lambda c: c["annotations"][0].pop("bbox"), "annotation 1 has no bbox"),
+            (
+                lambda c: c["annotations"][0].update(bbox=[1, 2, 3]),
+                "annotation 1 has the bbox [1, 2, 3]",
+            ),
             (lambda c: c["annotations"][0].update(bbox=[1, "x", 3, 4]), "[1, 'x', 3, 4]"),
             (lambda c: c["annotations"][0].update(image_id=77), "image_id 77"),
         ],

@@ -5,17 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from gpusq_compile.errors import InputError
 from gpusq_compile.model_source import ModelSource
+from gpusq_compile.sources.class_folders import read_classes
 from gpusq_compile.sources.classes import match_classes
 from gpusq_compile.sources.data_spec import give_data
+from gpusq_compile.sources.images import open_image
 from gpusq_compile.sources.model import Classes, Images, LibraryModel
 from tests.photos import NAMES, crops, make_image_folder, save_16_bit
 
-pytest.importorskip("torchvision")
+ImageFolder = pytest.importorskip("torchvision.datasets").ImageFolder
+pil_loader = pytest.importorskip("torchvision.datasets.folder").pil_loader
 
 
 def given(folder: Path, classes: Classes | None = None, size: int = 32) -> ModelSource:
@@ -84,6 +89,53 @@ class TestSplits:
         assert source.train_data is None
         assert source.calibration_data is not None
         assert labels_of(source.eval_data) == [0, 0, 1, 1]
+        assert "images that are evaluated" in dict(source.notes)["evaluation-images-calibrate"]
+        assert source.data_forms == "imagefolder:DIR with train/ beside val/"
+
+    @pytest.mark.parametrize("names", [("Train", "Val"), ("TRAINING", "Validation")])
+    def test_a_split_in_other_capitals_is_a_split(
+        self, names: tuple[str, str], tmp_path: Path
+    ) -> None:
+        for name in names:
+            make_image_folder(tmp_path / name, {"a": 2, "b": 2})
+        source = given(tmp_path)
+        assert sorted(labels_of(source.train_data)) == [0, 0, 1, 1]
+        assert labels_of(source.eval_data) == [0, 0, 1, 1]
+
+    @pytest.mark.parametrize("name", ["eval", "vall", "Evaluation"])
+    def test_a_folder_beside_train_is_named_with_what_it_may_be(
+        self, name: str, tmp_path: Path
+    ) -> None:
+        for folder in ("train", name):
+            make_image_folder(tmp_path / folder, {"a": 2, "b": 2})
+        text = dict(given(tmp_path).notes)["folders-left-out"]
+        assert f"train/ is read, and not {name}/; did you mean {name}/ to be val" in text
+
+    def test_a_third_split_is_named(self, tmp_path: Path) -> None:
+        for folder in ("train", "val", "test"):
+            make_image_folder(tmp_path / folder, {"a": 2, "b": 2})
+        text = dict(given(tmp_path).notes)["folders-left-out"]
+        assert text.endswith("train/ and val/ are read, and not test/")
+
+    def test_a_split_one_folder_deeper_is_an_error_with_its_path(self, tmp_path: Path) -> None:
+        for folder in ("train", "val"):
+            make_image_folder(tmp_path / "photos" / folder, {"a": 2, "b": 2})
+        error = refused(tmp_path)
+        assert error.code == "data-not-an-imagefolder"
+        assert error.message.endswith("has one folder, photos/, which holds train/ and val/")
+        assert error.hint == f"did you mean imagefolder:{tmp_path}/photos?"
+
+    def test_classes_one_folder_deeper_are_said(self, tmp_path: Path) -> None:
+        make_image_folder(tmp_path / "photos", {"a": 5, "b": 2})
+        text = dict(given(tmp_path).notes)["classes-nested"]
+        assert "its classes are photos, and not a, b" in text
+        assert text.endswith(f"did you mean imagefolder:{tmp_path}/photos?")
+
+    def test_mistyped_names_of_a_split_are_said(self, tmp_path: Path) -> None:
+        for folder in ("trian", "vaal"):
+            make_image_folder(tmp_path / folder, {"a": 2, "b": 2})
+        text = dict(given(tmp_path).notes)["classes-nested"]
+        assert "its classes are trian, vaal, and not a, b" in text
 
     def test_a_class_of_val_that_train_has_not_is_an_error(self, tmp_path: Path) -> None:
         make_image_folder(tmp_path / "train", {"a": 2})
@@ -91,6 +143,11 @@ class TestSplits:
         error = refused(tmp_path)
         assert error.code == "unknown-class"
         assert "has the class 'b'" in error.message
+
+    def test_a_mistyped_class_of_val_is_guessed(self, tmp_path: Path) -> None:
+        make_image_folder(tmp_path / "train", {"temple": 2})
+        make_image_folder(tmp_path / "val", {"tempel": 2})
+        assert refused(tmp_path).hint == "did you mean 'temple'?"
 
     def test_calibration_sees_every_class_at_once(self, tmp_path: Path) -> None:
         source = given(make_image_folder(tmp_path, {"a": 4, "b": 2}))
@@ -113,7 +170,9 @@ class TestClasses:
     def test_unknown_names_are_counted_in_order_with_a_warning(self, tmp_path: Path) -> None:
         source = given(make_image_folder(tmp_path))
         assert set(labels_of(source.eval_data)) == {0, 1}
-        assert "classes-not-matched" in codes(source)
+        text = dict(source.notes)["classes-not-matched"]
+        assert "in order" in text
+        assert "so accuracy means nothing unless" in text
 
     def test_as_many_unnamed_classes_as_outputs_are_no_warning(self, tmp_path: Path) -> None:
         source = given(make_image_folder(tmp_path), Classes(2))
@@ -180,9 +239,83 @@ class TestImageFiles:
         assert error.code == "image-unreadable"
         assert str(photo) in error.message
 
+    @pytest.mark.parametrize(
+        ("pixels", "found"),
+        [
+            (np.linspace(0, 65535, 64, dtype=np.int32), "32 bits from 0 to 65535"),
+            (np.linspace(-5, 5, 64, dtype=np.int32), "32 bits from -5 to 5"),
+            (np.linspace(0, 1, 64, dtype=np.float32), "floats from 0 to 1"),
+            (np.linspace(0, 4000, 64, dtype=np.float32), "floats from 0 to 4000"),
+        ],
+    )
+    def test_values_that_eight_bits_would_clip_are_refused(
+        self, pixels: Any, found: str, tmp_path: Path
+    ) -> None:
+        (tmp_path / "a").mkdir()
+        Image.fromarray(pixels.reshape(8, 8)).save(tmp_path / "a" / "1.tif")
+        error = refused(tmp_path)
+        assert error.code == "image-depth"
+        assert f"a/1.tif has {found}, expected" in error.message
+
+    @pytest.mark.parametrize("kind", [np.int32, np.float32])
+    def test_wide_values_that_eight_bits_hold_are_read(self, kind: Any, tmp_path: Path) -> None:
+        for name, dtype in (("a", np.uint8), ("b", kind)):
+            (tmp_path / name).mkdir()
+            pixels = np.arange(0, 256, 4).reshape(8, 8).astype(dtype)
+            Image.fromarray(pixels).save(tmp_path / name / "1.tif")
+        source = given(tmp_path, Classes(2))
+        assert source.calibration_data is not None
+        ((images, _),) = source.calibration_data()
+        assert torch.equal(images[0], images[1])
+
+    def test_pixels_are_those_of_torchvisions_own_loader(self, tmp_path: Path) -> None:
+        """Orientation and transparency as in the pipelines that the models were trained in."""
+        photo = crops(0, 1)[0]
+        exif = photo.getexif()
+        exif[0x0112] = 6
+        photo.save(tmp_path / "turned.jpg", exif=exif)
+        photo.putalpha(photo.convert("L"))
+        photo.save(tmp_path / "clear.png")
+        photo.convert("P").save(tmp_path / "palette.png")
+        for path in tmp_path.iterdir():
+            assert open_image(path).tobytes() == pil_loader(path).tobytes()
+
+    def test_files_that_are_left_out_are_counted_by_kind(self, tmp_path: Path) -> None:
+        make_image_folder(tmp_path)
+        for name in ("1.gif", "2.GIF", "3.heic"):
+            (tmp_path / NAMES[0] / name).write_bytes(b"")
+        (tmp_path / "loose.png").write_bytes(b"")
+        (tmp_path / ".hidden.gif").write_bytes(b"")
+        text = dict(given(tmp_path).notes)["files-left-out"]
+        assert "2 files .gif, 1 file .png and 1 file .heic are not read" in text
+        assert f"the first {tmp_path}/loose.png" in text
+
+    def test_images_are_those_of_torchvisions_own_dataset(self, tmp_path: Path) -> None:
+        make_image_folder(tmp_path, {"b": 3, "a": 2})
+        make_image_folder(tmp_path / "a", {"deep": 2})
+        (tmp_path / "b" / "up.PNG").write_bytes(b"")
+        own = ImageFolder(tmp_path)
+        split = read_classes(ModelSource("timm:mine", torch.nn.Identity(), ()), tmp_path, 3)
+        assert split.images.samples == own.samples
+        assert split.names == own.classes == ["a", "b"]
+
+    def test_a_link_that_leads_back_is_an_error(self, tmp_path: Path) -> None:
+        make_image_folder(tmp_path)
+        (tmp_path / NAMES[0] / "up").symlink_to("..")
+        error = refused(tmp_path)
+        assert error.code == "data-not-an-imagefolder"
+        assert f"{NAMES[0]}/up is a link that leads back to {tmp_path}" in error.message
+
+    def test_a_class_may_be_a_link(self, tmp_path: Path) -> None:
+        make_image_folder(tmp_path / "photos", {"a": 5})
+        (tmp_path / "classes").mkdir()
+        (tmp_path / "classes" / "b").symlink_to("../photos/a")
+        assert labels_of(given(tmp_path / "classes").train_data) == [0] * 4
+
     def test_hidden_folders_and_other_files_are_no_classes(self, tmp_path: Path) -> None:
         make_image_folder(tmp_path)
         (tmp_path / ".cache").mkdir()
+        (tmp_path / "__MACOSX").mkdir()
         (tmp_path / "readme.txt").write_text("photos")
         (tmp_path / NAMES[0] / "notes.txt").write_text("notes")
         source = given(tmp_path)
@@ -196,6 +329,12 @@ class TestOtherFolders:
         error = refused(tmp_path)
         assert error.code == "data-not-an-imagefolder"
         assert "/empty has no image" in error.message
+
+    def test_what_a_class_has_instead_of_images_is_said(self, tmp_path: Path) -> None:
+        make_image_folder(tmp_path)
+        (tmp_path / "heic").mkdir()
+        (tmp_path / "heic" / "1.heic").write_bytes(b"")
+        assert refused(tmp_path).message.endswith(".webp), but 1 file .heic")
 
     def test_images_without_class_folders_are_counted(self, tmp_path: Path) -> None:
         for index, photo in enumerate(crops(0, 3)):

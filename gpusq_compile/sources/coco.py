@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
-import math
-import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +20,18 @@ from torch.utils.data import DataLoader, Dataset
 from gpusq_compile.errors import InputError, nearest, relative_to_cwd
 from gpusq_compile.model_source import ModelSource
 from gpusq_compile.sources.classes import match_classes
+from gpusq_compile.sources.coco_file import (
+    BOX,
+    CODE,
+    check_outlines,
+    count_objects,
+    described,
+    has_area,
+    place_of_image,
+    read_annotations,
+)
 from gpusq_compile.sources.images import open_image, whole_image
+from gpusq_compile.sources.json_files import JsonFile
 from gpusq_compile.sources.model import LibraryModel
 from gpusq_compile.sources.require import require
 
@@ -43,23 +51,19 @@ def coco(source: ModelSource, model: LibraryModel, root: Path) -> None:
         InputError: the folder has another form, a file is missing or damaged, or the categories
             are not the model's.
     """
-    train = _find(root, "train")
-    held_out = _find(root, "val")
+    train = _find(source, root, "train")
+    held_out = _find(source, root, "val")
     simple = root / "annotations.json"
     if train is None and held_out is None and simple.is_file():
         train = (simple, _images(root, simple, [root / "images", root]))
-    if train is None and held_out is None:
-        raise InputError(
-            "data-not-coco",
-            f"{relative_to_cwd(root)} has no annotations/instances_train*.json and no "
-            "annotations.json",
-            hint=FORM,
-        )
+    known = train or held_out
+    if known is None:
+        raise _no_annotations(root)
     batch = model.images.batch_size(BATCH)
-    first = _open(*(train or held_out or ()))
+    first = _open(source, model, *known)
     outputs = _outputs(source, model, first)
     gather = _gather(model)
-    samples = Samples(first, model, outputs)
+    samples = Samples(first, model, outputs, known[0])
     source.calibration_data = partial(DataLoader, samples, batch_size=batch, collate_fn=gather)
     if train is not None:
         source.train_data = partial(
@@ -68,20 +72,45 @@ def coco(source: ModelSource, model: LibraryModel, root: Path) -> None:
     if held_out is None:
         text = f"{relative_to_cwd(root)} has no instances_val*.json, so nothing is evaluated"
         source.notes.append(("no-evaluation-images", text))
-    else:
-        other = first if train is None else _open(*held_out)
-        again = Samples(other, model, _same_outputs(first, outputs, other))
-        source.eval_data = partial(DataLoader, again, batch_size=batch, collate_fn=gather)
+        source.data_forms = "coco:DIR with annotations/instances_val*.json and val*/"
+        return
+    if train is None:
+        text = (
+            f"{relative_to_cwd(root)} has no instances_train*.json, so scales are calibrated on "
+            "the images that are evaluated, which flatters what is measured"
+        )
+        source.notes.append(("evaluation-images-calibrate", text))
+        source.data_forms = "coco:DIR with annotations/instances_train*.json and train*/"
+    other = first if train is None else _open(source, model, *held_out)
+    again = Samples(other, model, _same_outputs(first, outputs, other), held_out[0])
+    source.eval_data = partial(DataLoader, again, batch_size=batch, collate_fn=gather)
 
 
-def _find(root: Path, split: str) -> tuple[Path, Path] | None:
+def _find(source: ModelSource, root: Path, split: str) -> tuple[Path, Path] | None:
     """The annotations and the folder of images of a split, in COCO's own layout."""
     found = sorted((root / "annotations").glob(f"instances_{split}*.json"))
     if not found:
         return None
+    if others := ", ".join(path.name for path in found[1:]):
+        text = f"of {relative_to_cwd(root)}/annotations {found[0].name} is read, and not {others}"
+        source.notes.append(("files-left-out", text))
     name = found[0].stem.removeprefix("instances_")
     places = [root / name, root / "images" / name, *sorted(root.glob(f"{split}*")), root / "images"]
     return found[0], _images(root, found[0], places)
+
+
+def _no_annotations(root: Path) -> InputError:
+    there = sorted(
+        str(path.relative_to(root))
+        for pattern in ("*.json", "*/*.json")
+        for path in root.glob(pattern)
+    )
+    return InputError(
+        CODE,
+        f"{relative_to_cwd(root)} has no annotations/instances_train*.json and no annotations.json"
+        + (f", but {there[0]}" if there else ""),
+        hint=FORM,
+    )
 
 
 def _images(root: Path, annotations: Path, places: list[Path]) -> Path:
@@ -96,58 +125,48 @@ def _images(root: Path, annotations: Path, places: list[Path]) -> Path:
     )
 
 
-def _open(annotations: Path, images: Path) -> Any:
-    """torchvision's `CocoDetection`, checked for what every image needs."""
+def _open(source: ModelSource, model: LibraryModel, annotations: Path, images: Path) -> Any:
+    """torchvision's `CocoDetection` of annotations that have been checked."""
     datasets = require("torchvision.datasets")
     require("pycocotools.coco")
-    shown = relative_to_cwd(annotations)
-    try:
-        # The library prints how far it is.
-        with contextlib.redirect_stdout(io.StringIO()):
-            dataset = datasets.CocoDetection(str(images), str(annotations))
-    except json.JSONDecodeError as error:
-        raise InputError(
-            "data-not-coco", f"{shown}:{error.lineno}:{error.colno}: no JSON: {error.msg}"
-        ) from None
-    except (KeyError, TypeError, AssertionError, UnicodeDecodeError) as error:
-        raise _not_coco(shown, f"cannot be read: {type(error).__name__}: {error}") from None
-    api = dataset.coco
-    for what, entries in (
-        ("images", api.imgs),
-        ("annotations", api.anns),
-        ("categories", api.cats),
-    ):
-        if not entries:
-            raise _not_coco(shown, f"has no {what}")
-    for annotation in api.anns.values():
-        for key, entries in (("category_id", api.cats), ("image_id", api.imgs)):
-            if annotation.get(key) not in entries:
-                found = f"annotation {annotation.get('id')} of {key} {annotation.get(key)}"
-                raise _not_coco(shown, f"has {found}, which is not there")
-        box = annotation.get("bbox")
-        if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
-            found = f"annotation {annotation.get('id')} with the bbox {reprlib.repr(box)}"
-            raise _not_coco(shown, f"has {found}, which is not [x, y, width, height]")
-    for image in api.imgs.values():
-        if not (images / image.get("file_name", "")).is_file():
-            raise InputError(
-                "data-missing",
-                f"no image at {relative_to_cwd(images)}/{image.get('file_name', '')}, which "
-                f"{shown} names",
-            )
+    file = read_annotations(annotations, images)
+    if model.task == "segmentation" or model.masks:
+        check_outlines(file, model.origin, crowds=model.task == "segmentation")
+    if model.task == "detection":
+        _note_objects(source, file)
+    # Without a file, and given what is in it: the library would read it once more, unchecked.
+    dataset = datasets.CocoDetection(str(images), None)
+    dataset.coco.dataset = file.content
+    # The library prints how far it is.
+    with contextlib.redirect_stdout(io.StringIO()):
+        dataset.coco.createIndex()
+    dataset.ids = sorted(dataset.coco.imgs)
     return dataset
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def _not_coco(shown: str, found: str) -> InputError:
-    return InputError(
-        "data-not-coco",
-        f"{shown} {found}",
-        hint="COCO's format has images, annotations (image_id, category_id, bbox) and categories",
-    )
+def _note_objects(source: ModelSource, file: JsonFile) -> None:
+    """Say which objects are left out or cut; one remark for all that are alike."""
+    objects = count_objects(file)
+    count = len(file.content["annotations"])
+    if objects.crowds:
+        text = (
+            f"{len(objects.crowds)} of {count} annotations of {file.shown} are crowds, which are "
+            "no single objects and are left out"
+        )
+        source.facts.append(("crowds-left-out", text))
+    if objects.outside:
+        text = (
+            f"{len(objects.outside)} of {count} objects of {file.shown} have no area within their "
+            f"image and are left out; the first is {described(file, objects.outside[0])}"
+        )
+        source.notes.append(("objects-left-out", text))
+    if objects.cut:
+        text = (
+            f"{len(objects.cut)} of {count} boxes of {file.shown} reach beyond their image and are "
+            f"cut off at its border; the first is {described(file, objects.cut[0])}; COCO's boxes "
+            f"are {BOX}, not two corners"
+        )
+        source.notes.append(("boxes-cut", text))
 
 
 def _outputs(source: ModelSource, model: LibraryModel, dataset: Any) -> dict[int, int]:
@@ -183,11 +202,16 @@ def _same_outputs(first: Any, outputs: dict[int, int], other: Any) -> dict[int, 
 
 @dataclass(frozen=True)
 class Samples(Dataset[Any]):
-    """Images in the model's size, each with a target in the form of the model's task."""
+    """Images in the model's size, each with a target in the form of the model's task.
+
+    `dataset` is torchvision's `CocoDetection`, whose own items are not used: it opens every image
+    with three channels, and names none that is damaged. `annotations` is the file it was made of.
+    """
 
     dataset: Any
     model: LibraryModel
     outputs: dict[int, int]
+    annotations: Path
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -195,8 +219,10 @@ class Samples(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         api = self.dataset.coco
         number = self.dataset.ids[index]
-        path = Path(self.dataset.root) / api.loadImgs(number)[0]["file_name"]
+        entry = api.imgs[number]
+        path = Path(self.dataset.root) / entry["file_name"]
         image = open_image(path, self.model.images.channels)
+        self._check_size(entry, image.size, path)
         annotations = api.loadAnns(api.getAnnIds(number))
         pixels = whole_image(self.model.images)(image)
         size = (image.height, image.width)
@@ -206,14 +232,37 @@ class Samples(Dataset[Any]):
             return pixels, self._objects(annotations, size)
         return pixels, None
 
+    def _check_size(self, entry: Any, found: tuple[int, int], path: Path) -> None:
+        """Boxes and outlines of an image of another size would be of other places in it."""
+        said = (entry["width"], entry["height"])
+        if said == found:
+            return
+        turned = said == found[::-1]
+        raise InputError(
+            "image-size-differs",
+            f"{relative_to_cwd(path)} is {found[0]}x{found[1]}, and {self.annotations.name} says "
+            f"{said[0]}x{said[1]}",
+            location=place_of_image(self.annotations, entry["id"]),
+            hint="images are read as their pixels are stored; an EXIF orientation turns none: "
+            "store them turned"
+            if turned
+            else "give the images that were annotated, or correct width and height",
+        )
+
     def _objects(self, annotations: list[Any], size: tuple[int, int]) -> Target:
         """Boxes and classes of an image's single objects; those without an area are left out."""
-        kept = [a for a in annotations if not a.get("iscrowd") and min(a["bbox"][2:]) > 0]
-        classes = torch.tensor([self.outputs[a["category_id"]] for a in kept], dtype=torch.int64)
+        images = self.dataset.coco.imgs
+        kept = [
+            annotation
+            for annotation in annotations
+            if not annotation.get("iscrowd")
+            and has_area(annotation["bbox"], images[annotation["image_id"]])
+        ]
         boxes = torch.tensor([a["bbox"] for a in kept], dtype=torch.float32).reshape(-1, 4)
         height, width = size
         boxes = boxes / torch.tensor([width, height, width, height], dtype=torch.float32)
         corners = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1).clamp(0, 1)
+        classes = torch.tensor([self.outputs[a["category_id"]] for a in kept], dtype=torch.int64)
         if not self.model.listed:
             sides = corners[:, 2:] - corners[:, :2]
             return {
@@ -237,18 +286,13 @@ class Samples(Dataset[Any]):
 
     def _mask(self, annotation: Any) -> torch.Tensor:
         """The object's outline in the model's size, uint8 [height, width]."""
-        if not annotation.get("segmentation"):
-            raise InputError(
-                "no-outlines",
-                f"annotation {annotation.get('id')} has a box, but no segmentation",
-                hint=f"{self.model.origin} is trained on objects' outlines",
-            )
         try:
             mask = torch.from_numpy(self.dataset.coco.annToMask(annotation))
         except Exception as error:  # The library raises whatever it stumbles over.
-            raise _not_coco(
-                f"annotation {annotation.get('id')}",
-                f"has a segmentation that cannot be read: {error}",
+            raise InputError(
+                CODE,
+                f"annotation {annotation['id']} of {relative_to_cwd(self.annotations)} has a "
+                f"segmentation that cannot be read: {error}",
             ) from None
         resized = torch.nn.functional.interpolate(
             mask[None, None].float(), self.model.images.size, mode="nearest-exact"
