@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from gpusq_compile.errors import InputError
 from gpusq_compile.model_source import ModelSource
@@ -91,6 +93,38 @@ class TestSplits:
         error = refused(tmp_path)
         assert error.code == "unknown-class"
         assert "has the class 'b'" in error.message
+
+    @pytest.mark.parametrize(("train", "val"), [("Train", "Val"), ("TRAINING", "Validation")])
+    def test_capitals_do_not_make_a_split_a_class(
+        self, train: str, val: str, tmp_path: Path
+    ) -> None:
+        make_image_folder(tmp_path / train, {"a": 3, "b": 2})
+        make_image_folder(tmp_path / val, {"b": 2})
+        source = given(tmp_path)
+        assert sorted(labels_of(source.train_data)) == [0, 0, 0, 1, 1]
+        assert labels_of(source.eval_data) == [1, 1]
+
+    @pytest.mark.parametrize(
+        ("other", "end"),
+        [("vall", "vall is not read; did you mean val/?"), ("zebra", "zebra is not read")],
+    )
+    def test_a_folder_beside_train_that_is_no_split_is_named(
+        self, other: str, end: str, tmp_path: Path
+    ) -> None:
+        for folder in ("train", other):
+            make_image_folder(tmp_path / folder, {"a": 2})
+        assert dict(given(tmp_path).notes)["folders-left-out"].endswith(end)
+
+    def test_a_test_folder_beside_val_is_passed_over_and_said(self, tmp_path: Path) -> None:
+        for folder in ("train", "val", "test"):
+            make_image_folder(tmp_path / folder, {"a": 2})
+        assert dict(given(tmp_path).notes)["folders-left-out"].endswith("test is not read")
+
+    def test_calibrating_on_what_is_evaluated_is_said(self, tmp_path: Path) -> None:
+        make_image_folder(tmp_path / "val", {"a": 2, "b": 2})
+        assert "calibrated-on-evaluation" in codes(given(tmp_path))
+        make_image_folder(tmp_path / "train", {"a": 2, "b": 2})
+        assert "calibrated-on-evaluation" not in codes(given(tmp_path))
 
     def test_calibration_sees_every_class_at_once(self, tmp_path: Path) -> None:
         source = given(make_image_folder(tmp_path, {"a": 4, "b": 2}))
@@ -188,8 +222,55 @@ class TestImageFiles:
         source = given(tmp_path)
         assert "the 2 classes of" in dict(source.notes)["classes-not-matched"]
 
+    def test_files_of_other_kinds_are_counted(self, tmp_path: Path) -> None:
+        make_image_folder(tmp_path, {"a": 2, "b": 1})
+        for name in ("a/1.gif", "a/2.HEIC", "b/3.heic", "b/notes", "b/.hidden.jpg"):
+            (tmp_path / name).write_bytes(b"GIF")
+        source = given(tmp_path)
+        text = dict(source.notes)["files-left-out"]
+        assert text.startswith("4 files of ")
+        assert ".gif 1, .heic 2, without an ending 1; read are .jpg, " in text
+        assert sorted(labels_of(source.train_data)) == [0, 0, 1]
+
+    def test_thirty_two_bits_are_refused_and_not_clipped(self, tmp_path: Path) -> None:
+        make_image_folder(tmp_path, {"a": 2})
+        values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+        Image.fromarray(values).save(tmp_path / "a" / "0.tif")
+        error = refused(tmp_path)
+        assert error.code == "image-unreadable"
+        assert "0.tif: pixels of 32 bits (mode F), expected 8 or 16" in error.message
+
+    def test_an_orientation_turns_nothing_as_in_training(self, tmp_path: Path) -> None:
+        (tmp_path / "a").mkdir()
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        photo = crops(0, 1)[0]
+        photo.save(tmp_path / "a" / "1.png", exif=exif)
+        photo.save(tmp_path / "a" / "2.png")
+        source = given(tmp_path, Classes(1))
+        assert source.train_data is not None
+        ((images, _),) = source.train_data()
+        assert torch.equal(images[0], images[1])
+
 
 class TestOtherFolders:
+    @pytest.mark.parametrize("inside", [("train", "val"), ("Train",), ("temple", "flower")])
+    def test_the_only_folder_is_named_where_it_is_meant(
+        self, inside: tuple[str, ...], tmp_path: Path
+    ) -> None:
+        for name in inside:
+            make_image_folder(tmp_path / "photos" / name, {"a": 1})
+        error = refused(tmp_path)
+        assert error.code == "data-not-an-imagefolder"
+        assert "has one folder, photos/, which holds no image but " in error.message
+        assert str(error.hint).startswith("did you mean imagefolder:")
+        assert str(error.hint).endswith("/photos?")
+
+    def test_one_class_with_images_in_folders_of_its_own_is_a_class(self, tmp_path: Path) -> None:
+        make_image_folder(tmp_path / "cat", {"old": 3, "new": 3})
+        crops(0, 1)[0].save(tmp_path / "cat" / "1.jpg")
+        assert len(labels_of(given(tmp_path, Classes(1)).calibration_data)) == 6
+
     def test_a_class_without_an_image_is_named(self, tmp_path: Path) -> None:
         make_image_folder(tmp_path)
         (tmp_path / "empty").mkdir()

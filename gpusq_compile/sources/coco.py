@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import math
-import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,10 +18,12 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from gpusq_compile.errors import InputError, nearest, relative_to_cwd
+from gpusq_compile.errors import InputError, Location, nearest, relative_to_cwd
 from gpusq_compile.model_source import ModelSource
 from gpusq_compile.sources.classes import match_classes
+from gpusq_compile.sources.coco_format import faults, is_cut
 from gpusq_compile.sources.images import open_image, whole_image
+from gpusq_compile.sources.json_files import read_json
 from gpusq_compile.sources.model import LibraryModel
 from gpusq_compile.sources.require import require
 
@@ -56,7 +56,11 @@ def coco(source: ModelSource, model: LibraryModel, root: Path) -> None:
             hint=FORM,
         )
     batch = model.images.batch_size(BATCH)
-    first = _open(*(train or held_out or ()))
+    chosen = train or held_out
+    assert chosen is not None
+    first = _open(*chosen)
+    if model.task == "detection":
+        _tell_objects(source, first, chosen[0], train=train is not None)
     outputs = _outputs(source, model, first)
     gather = _gather(model)
     samples = Samples(first, model, outputs)
@@ -109,45 +113,70 @@ def _open(annotations: Path, images: Path) -> Any:
         raise InputError(
             "data-not-coco", f"{shown}:{error.lineno}:{error.colno}: no JSON: {error.msg}"
         ) from None
-    except (KeyError, TypeError, AssertionError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise _not_coco(shown, f"cannot be read: {error}") from None
+    except (KeyError, TypeError, AssertionError, AttributeError) as error:
+        # The library names a key at best.
+        _check_format(annotations, read_json(annotations).content)
         raise _not_coco(shown, f"cannot be read: {type(error).__name__}: {error}") from None
-    api = dataset.coco
-    for what, entries in (
-        ("images", api.imgs),
-        ("annotations", api.anns),
-        ("categories", api.cats),
-    ):
-        if not entries:
-            raise _not_coco(shown, f"has no {what}")
-    for annotation in api.anns.values():
-        for key, entries in (("category_id", api.cats), ("image_id", api.imgs)):
-            if annotation.get(key) not in entries:
-                found = f"annotation {annotation.get('id')} of {key} {annotation.get(key)}"
-                raise _not_coco(shown, f"has {found}, which is not there")
-        box = annotation.get("bbox")
-        if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
-            found = f"annotation {annotation.get('id')} with the bbox {reprlib.repr(box)}"
-            raise _not_coco(shown, f"has {found}, which is not [x, y, width, height]")
-    for image in api.imgs.values():
-        if not (images / image.get("file_name", "")).is_file():
+    _check_format(annotations, dataset.coco.dataset)
+    for image in dataset.coco.imgs.values():
+        if not (images / image["file_name"]).is_file():
             raise InputError(
                 "data-missing",
-                f"no image at {relative_to_cwd(images)}/{image.get('file_name', '')}, which "
-                f"{shown} names",
+                f"no image at {relative_to_cwd(images)}/{image['file_name']}, which {shown} names",
             )
     return dataset
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+def _check_format(annotations: Path, content: Mapping[str, Any]) -> None:
+    """Raise InputError for the first fault of a file's content, at its place."""
+    for keys, text in faults(content):
+        place = read_json(annotations).place(*keys)
+        raise _not_coco(relative_to_cwd(annotations), text, place)
 
 
-def _not_coco(shown: str, found: str) -> InputError:
+def _not_coco(shown: str, found: str, location: Location | None = None) -> InputError:
     return InputError(
         "data-not-coco",
         f"{shown} {found}",
+        location=location,
         hint="COCO's format has images, annotations (image_id, category_id, bbox) and categories",
     )
+
+
+def _tell_objects(source: ModelSource, dataset: Any, annotations: Path, *, train: bool) -> None:
+    """Say which annotations a detector does not see as they are.
+
+    Raises:
+        InputError: it would see none.
+    """
+    api, shown = dataset.coco, relative_to_cwd(annotations)
+    entries = list(api.anns.values())
+    crowds = [a for a in entries if a.get("iscrowd")]
+    flat = [a for a in entries if not a.get("iscrowd") and not is_object(a)]
+    cut = [a for a in entries if is_object(a) and is_cut(a["bbox"], api.imgs[a["image_id"]])]
+    left_out = f"{len(crowds)} crowds and {len(flat)} boxes without an area"
+    if len(crowds) + len(flat) == len(entries) and train:
+        raise InputError(
+            "no-objects",
+            f"{shown} has {left_out} and no other annotation, so there is nothing to find",
+            hint="a detector learns from single objects: iscrowd 0, and a box with an area",
+        )
+    if crowds or flat:
+        text = f"of the {len(entries)} annotations of {shown} {left_out} are left out"
+        source.facts.append(("objects-left-out", text))
+    if cut:
+        text = (
+            f"{len(cut)} of the {len(entries)} boxes of {shown} reach beyond their images and are "
+            f"cut, the first of them annotation {cut[0]['id']}"
+        )
+        source.notes.append(("boxes-cut", text))
+
+
+def is_object(annotation: Mapping[str, Any]) -> bool:
+    """Whether it is a single object with an area, which is what a detector is trained on."""
+    return not annotation.get("iscrowd") and min(annotation["bbox"][2:]) > 0
 
 
 def _outputs(source: ModelSource, model: LibraryModel, dataset: Any) -> dict[int, int]:
@@ -197,6 +226,7 @@ class Samples(Dataset[Any]):
         number = self.dataset.ids[index]
         path = Path(self.dataset.root) / api.loadImgs(number)[0]["file_name"]
         image = open_image(path, self.model.images.channels)
+        self._check_size(api.imgs[number], path, (image.width, image.height))
         annotations = api.loadAnns(api.getAnnIds(number))
         pixels = whole_image(self.model.images)(image)
         size = (image.height, image.width)
@@ -206,9 +236,21 @@ class Samples(Dataset[Any]):
             return pixels, self._objects(annotations, size)
         return pixels, None
 
+    def _check_size(self, entry: Mapping[str, Any], path: Path, size: tuple[int, int]) -> None:
+        """Raise InputError unless the file is of the size that boxes and outlines are given in."""
+        said = entry.get("width", size[0]), entry.get("height", size[1])
+        if said != size:
+            raise InputError(
+                "image-size-differs",
+                f"{relative_to_cwd(path)} is {size[0]} x {size[1]} pixels, but the annotations say "
+                f"{said[0]} x {said[1]} of image {entry['id']}",
+                hint="its boxes would lie elsewhere; pixels count as stored, whatever an EXIF "
+                "orientation says",
+            )
+
     def _objects(self, annotations: list[Any], size: tuple[int, int]) -> Target:
         """Boxes and classes of an image's single objects; those without an area are left out."""
-        kept = [a for a in annotations if not a.get("iscrowd") and min(a["bbox"][2:]) > 0]
+        kept = [annotation for annotation in annotations if is_object(annotation)]
         classes = torch.tensor([self.outputs[a["category_id"]] for a in kept], dtype=torch.int64)
         boxes = torch.tensor([a["bbox"] for a in kept], dtype=torch.float32).reshape(-1, 4)
         height, width = size
@@ -250,6 +292,13 @@ class Samples(Dataset[Any]):
                 f"annotation {annotation.get('id')}",
                 f"has a segmentation that cannot be read: {error}",
             ) from None
+        image = self.dataset.coco.imgs[annotation["image_id"]]
+        if mask.shape != (image["height"], image["width"]):
+            raise _not_coco(
+                f"annotation {annotation['id']}",
+                f"has a segmentation of {mask.shape[1]} x {mask.shape[0]} pixels for an image of "
+                f"{image['width']} x {image['height']}",
+            )
         resized = torch.nn.functional.interpolate(
             mask[None, None].float(), self.model.images.size, mode="nearest-exact"
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,16 +12,18 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from gpusq_compile.errors import InputError, relative_to_cwd
+from gpusq_compile.errors import InputError, nearest, relative_to_cwd
 from gpusq_compile.model_source import ModelSource
 from gpusq_compile.sources.classes import match_classes
 from gpusq_compile.sources.images import classified_image, open_image
 from gpusq_compile.sources.model import LibraryModel
+from gpusq_compile.sources.paths import readable_files
 from gpusq_compile.sources.require import require
 
 BATCH = 32
 TRAIN = ("train", "training")
 EVALUATION = ("val", "valid", "validation", "test")
+SPLITS = (*TRAIN, *EVALUATION)
 HELD_OUT = 5
 """Of a folder without a split each fifth image of a class is held out for the evaluation."""
 FORM = "an image folder holds one folder of images per class, or train/ and val/ of such folders"
@@ -88,17 +92,58 @@ class Split:
 
 def _splits(source: ModelSource, root: Path) -> tuple[Split | None, Split | None]:
     """The images to train on and those to evaluate on."""
-    train = next((root / name for name in TRAIN if (root / name).is_dir()), None)
-    held_out = next((root / name for name in EVALUATION if (root / name).is_dir()), None)
+    folders = _folders(root)
+    train, held_out = _named(folders, TRAIN), _named(folders, EVALUATION)
     if train is None and held_out is None:
-        return _hold_out(source, _read(root))
+        _check_no_wrapper(root, folders)
+        return _hold_out(source, _read(source, root))
+    shown = relative_to_cwd(root)
+    if train is None:
+        text = f"{shown} has no train/ folder, so calibration sees the images that are evaluated"
+        source.notes.append(("calibrated-on-evaluation", text))
     if held_out is None:
-        text = f"{relative_to_cwd(root)} has no val/ folder, so accuracy is not measured"
+        text = f"{shown} has no val/ folder, so accuracy is not measured"
         source.notes.append(("no-evaluation-images", text))
+    used = {train, held_out}
+    for folder in folders:
+        if folder in used:
+            continue
+        # What is there for a third purpose is passed over on purpose.
+        meant = None if folder.name.lower() in EVALUATION else nearest(folder.name, SPLITS)
+        text = f"{shown}/{folder.name} is not read" + (f"; did you mean {meant}/?" if meant else "")
+        source.notes.append(("folders-left-out", text))
     return (
-        None if train is None else _read(train),
-        None if held_out is None else _read(held_out),
+        None if train is None else _read(source, train),
+        None if held_out is None else _read(source, held_out),
     )
+
+
+def _folders(root: Path) -> list[Path]:
+    return sorted(
+        place for place in root.iterdir() if place.is_dir() and not place.name.startswith(".")
+    )
+
+
+def _named(folders: list[Path], names: Sequence[str]) -> Path | None:
+    """The folder of the first of the names that is there, in capitals or not."""
+    lower = {folder.name.lower(): folder for folder in reversed(folders)}
+    return next((lower[name] for name in names if name in lower), None)
+
+
+def _check_no_wrapper(root: Path, folders: list[Path]) -> None:
+    """Raise InputError where the only folder is no class, but holds the folders that are meant."""
+    if len(folders) != 1:
+        return
+    [only] = folders
+    inside = _folders(only)
+    if _named(inside, SPLITS) or (len(inside) > 1 and not _images_in(only)):
+        names = ", ".join(f"{folder.name}/" for folder in inside[:3])
+        raise InputError(
+            "data-not-an-imagefolder",
+            f"{relative_to_cwd(root)} has one folder, {only.name}/, which holds no image but "
+            f"{names}{' ...' if len(inside) > 3 else ''}",
+            hint=f"did you mean imagefolder:{relative_to_cwd(only)}?",
+        )
 
 
 def _hold_out(source: ModelSource, whole: Split) -> tuple[Split, Split | None]:
@@ -124,29 +169,57 @@ def _hold_out(source: ModelSource, whole: Split) -> tuple[Split, Split | None]:
     return replace(whole, files=train), replace(whole, files=held_out)
 
 
-def _read(folder: Path) -> Split:
-    """The images below each class's folder, by class and path."""
+def _read(source: ModelSource, folder: Path) -> Split:
+    """The images below each class's folder as torchvision's `ImageFolder` finds them, but for
+    hidden ones, which it would read too; what is no image is counted."""
     shown = relative_to_cwd(folder)
-    classes = sorted(
-        place for place in folder.iterdir() if place.is_dir() and not place.name.startswith(".")
-    )
-    extensions = tuple(require("torchvision.datasets.folder").IMG_EXTENSIONS)
-    files: list[tuple[Path, str]] = []
-    for place in classes:
-        os.listdir(place)  # rglob() passes in silence over a folder that may not be read.
-        found = [
-            path
-            for path in sorted(place.rglob("*"))
-            if path.name.lower().endswith(extensions) and not path.name.startswith(".")
-        ]
-        if not found:
-            raise _no_images(f"{shown}/{place.name}", f"no image ({', '.join(extensions)})")
-        files += [(path, place.name) for path in found]
+    classes = _folders(folder)
     if not classes:
-        loose = [path for path in folder.iterdir() if path.name.lower().endswith(extensions)]
+        loose = _images_in(folder)
         found_there = f"{len(loose)} images" if loose else "nothing"
         raise _no_images(shown, f"no folder of a class, but {found_there}")
+    others: Counter[str] = Counter()
+
+    def is_image(path: str) -> bool:
+        file = Path(path)
+        if file.name.startswith("."):
+            return False
+        if not _is_image(file):
+            others[file.suffix.lower() or "without an ending"] += 1
+            return False
+        return True
+
+    numbers = {place.name: number for number, place in enumerate(classes)}
+    with readable_files():
+        for place in classes:
+            os.listdir(place)  # Walking passes in silence over a folder that may not be read.
+    make_dataset = require("torchvision.datasets.folder").make_dataset
+    found = make_dataset(str(folder), numbers, is_valid_file=is_image, allow_empty=True)
+    names = list(numbers)
+    files = [(Path(path), names[number]) for path, number in found]
+    empty = [name for name in names if name not in {name for _, name in files}]
+    if empty:
+        raise _no_images(f"{shown}/{empty[0]}", f"no image ({', '.join(_extensions())})")
+    if others:
+        kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(others.items()))
+        text = (
+            f"{others.total()} files of {shown} are of kinds that are not read: {kinds}; read are "
+            f"{', '.join(_extensions())}"
+        )
+        source.notes.append(("files-left-out", text))
     return Split(shown, files)
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if _is_image(path)]
+
+
+def _is_image(path: Path) -> bool:
+    return path.name.lower().endswith(_extensions())
+
+
+def _extensions() -> tuple[str, ...]:
+    return tuple(require("torchvision.datasets.folder").IMG_EXTENSIONS)
 
 
 def _no_images(place: str, found: str) -> InputError:

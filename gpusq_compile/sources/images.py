@@ -19,17 +19,24 @@ MODES = {1: "L", 3: "RGB"}
 def open_image(path: Path, channels: int = 3) -> Any:
     """The PIL image of a file, whatever its own colours are, in the channels that a model takes.
 
+    As torchvision's `pil_loader` reads it, which models are trained with: an EXIF orientation turns
+    nothing, and what is transparent shows the colour that is stored there.
+
     Raises:
-        InputError: the file is no image, or is damaged; PIL itself would not always name it.
+        InputError: the file is no image, is damaged, or has pixels of 32 bits, whose range nothing
+            tells; PIL itself would not always name it.
     """
     from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(path) as file:
             image: Image.Image = file
-            if image.mode.startswith("I;16"):
+            # Some versions of Pillow give 16 bits of a PNG as 32.
+            if image.mode.startswith("I;16") or (image.mode == "I" and file.format == "PNG"):
                 # Converting would clip its 16 bits at 255.
                 image = image.point(lambda value: value / 256).convert("L")
+            elif image.mode in ("I", "F"):
+                raise ValueError(f"pixels of 32 bits (mode {image.mode}), expected 8 or 16")
             return image.convert(MODES[channels])
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         unknown = isinstance(error, UnidentifiedImageError)

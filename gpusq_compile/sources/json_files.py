@@ -21,13 +21,19 @@ class JsonFile:
     text: str
     content: dict[str, Any]
 
-    def place(self, *keys: str) -> Location:
-        """Where the value of a key, of a key in it, and so on begins; the file where it is not."""
+    def place(self, *keys: str | int) -> Location:
+        """Where the value of a key or index, of one in it, and so on begins; the file where it is
+        not."""
         position: int | None = _after_space(self.text, 0)
         for key in keys:
-            if position is None or self.text[position : position + 1] != "{":
+            opened = "{" if isinstance(key, str) else "["
+            if position is None or self.text[position : position + 1] != opened:
                 return Location(self.shown)
-            position = _value_of(self.text, position, key)
+            position = (
+                _value_of(self.text, position, key)
+                if isinstance(key, str)
+                else _item_of(self.text, position, key)
+            )
         if position is None or not keys:
             return Location(self.shown)
         return _location(self.shown, self.text, position)
@@ -78,6 +84,20 @@ def _value_of(text: str, position: int, wanted: str) -> int | None:
         if text[position] == ",":
             position = _after_space(text, position + 1)
     return found
+
+
+def _item_of(text: str, position: int, wanted: int) -> int | None:
+    """Where an item begins, in the array that begins at `position`."""
+    decoder = json.JSONDecoder()
+    position = _after_space(text, position + 1)
+    for _ in range(wanted):
+        if text[position] == "]":
+            return None
+        _, position = decoder.raw_decode(text, position)
+        position = _after_space(text, position)
+        if text[position] == ",":
+            position = _after_space(text, position + 1)
+    return None if text[position] == "]" else position
 
 
 def _location(shown: str, text: str, position: int) -> Location:
