@@ -281,6 +281,11 @@ class TestOptions:
             in run.err
         )
 
+    def test_a_dry_run_says_that_it_compares_no_accuracy(self, compiled: Any, here: Path) -> None:
+        run = compiled("--rules", "int8", "--dry-run", "--max-drop", 0.1, model=variant(here))
+        assert "--max-drop is left out: a dry run measures no accuracy" in run.err
+        assert "nothing was written (--dry-run)" in run.err
+
     def test_the_gate_on_accuracy_fails_with_by_how_much(self, compiled: Any, here: Path) -> None:
         path = variant(here, WORSE)
         args = (*ONE_SHOT, "--max-drop", 5, "-o", "out", "--format", "json")

@@ -282,7 +282,7 @@ class TestFaults:
         source = given(edited(tmp_path, change), model_for("detection"))
         text = dict(source.facts)["objects-left-out"]
         assert text.startswith("of the 6 annotations of ")
-        assert text.endswith("1 crowds and 1 boxes without an area are left out")
+        assert text.endswith("1 of crowds and 1 without an area are left out")
 
     def test_crowds_alone_are_nothing_to_train_a_detector_on(self, tmp_path: Path) -> None:
         def change(content: dict[str, Any]) -> None:
@@ -291,7 +291,10 @@ class TestFaults:
 
         error = refused(edited(tmp_path, change))
         assert error.code == "no-objects"
-        assert "has 6 crowds and 0 boxes without an area" in error.message
+        assert (
+            "has no annotation to train a detector on: 6 of crowds and 0 without an area"
+            in error.message
+        )
         labels = one_batch(given(tmp_path, model_for("segmentation")))[1]
         assert bool((labels[1] != 255).any()), "they cover pixels all the same"
 

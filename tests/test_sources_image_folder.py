@@ -232,6 +232,13 @@ class TestImageFiles:
         assert ".gif 1, .heic 2, without an ending 1; read are .jpg, " in text
         assert sorted(labels_of(source.train_data)) == [0, 0, 1]
 
+    def test_links_that_lead_back_give_no_image_twice(self, tmp_path: Path) -> None:
+        make_image_folder(tmp_path / "photos", {"a": 3, "b": 2})
+        (tmp_path / "photos" / "a" / "again").symlink_to(tmp_path / "photos" / "a")
+        (tmp_path / "photos" / "c").symlink_to(tmp_path / "photos" / "b")
+        source = given(tmp_path / "photos")
+        assert sorted(labels_of(source.calibration_data)) == [0, 0, 0, 1, 1, 2, 2]
+
     def test_thirty_two_bits_are_refused_and_not_clipped(self, tmp_path: Path) -> None:
         make_image_folder(tmp_path, {"a": 2})
         values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)

@@ -156,15 +156,15 @@ def _tell_objects(source: ModelSource, dataset: Any, annotations: Path, *, train
     crowds = [a for a in entries if a.get("iscrowd")]
     flat = [a for a in entries if not a.get("iscrowd") and not is_object(a)]
     cut = [a for a in entries if is_object(a) and is_cut(a["bbox"], api.imgs[a["image_id"]])]
-    left_out = f"{len(crowds)} crowds and {len(flat)} boxes without an area"
+    left_out = f"{len(crowds)} of crowds and {len(flat)} without an area"
     if len(crowds) + len(flat) == len(entries) and train:
         raise InputError(
             "no-objects",
-            f"{shown} has {left_out} and no other annotation, so there is nothing to find",
+            f"{shown} has no annotation to train a detector on: {left_out}",
             hint="a detector learns from single objects: iscrowd 0, and a box with an area",
         )
     if crowds or flat:
-        text = f"of the {len(entries)} annotations of {shown} {left_out} are left out"
+        text = f"of the {len(entries)} annotations of {shown}, {left_out} are left out"
         source.facts.append(("objects-left-out", text))
     if cut:
         text = (

@@ -196,7 +196,7 @@ def _read(source: ModelSource, folder: Path) -> Split:
     make_dataset = require("torchvision.datasets.folder").make_dataset
     found = make_dataset(str(folder), numbers, is_valid_file=is_image, allow_empty=True)
     names = list(numbers)
-    files = [(Path(path), names[number]) for path, number in found]
+    files = _once([(Path(path), names[number]) for path, number in found])
     empty = [name for name in names if name not in {name for _, name in files}]
     if empty:
         raise _no_images(f"{shown}/{empty[0]}", f"no image ({', '.join(_extensions())})")
@@ -208,6 +208,18 @@ def _read(source: ModelSource, folder: Path) -> Split:
         )
         source.notes.append(("files-left-out", text))
     return Split(shown, files)
+
+
+def _once(files: list[tuple[Path, str]]) -> list[tuple[Path, str]]:
+    """Without the folders of a class that links lead to again, into themselves without end."""
+    first: dict[tuple[str, str], Path] = {}
+    kept: dict[tuple[Path, str], bool] = {}
+    for path, name in files:
+        folder = (path.parent, name)
+        if folder not in kept:
+            real = os.path.realpath(path.parent)
+            kept[folder] = first.setdefault((real, name), path.parent) == path.parent
+    return [(path, name) for path, name in files if kept[path.parent, name]]
 
 
 def _images_in(folder: Path) -> list[Path]:

@@ -36,7 +36,11 @@ def open_image(path: Path, channels: int = 3) -> Any:
                 # Converting would clip its 16 bits at 255.
                 image = image.point(lambda value: value / 256).convert("L")
             elif image.mode in ("I", "F"):
-                raise ValueError(f"pixels of 32 bits (mode {image.mode}), expected 8 or 16")
+                raise InputError(
+                    "image-unreadable",
+                    f"{path}: pixels of 32 bits (mode {image.mode}), expected 8 or 16",
+                    hint="which of their values is white is not said: convert the file",
+                )
             return image.convert(MODES[channels])
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         unknown = isinstance(error, UnidentifiedImageError)
