@@ -275,11 +275,16 @@ class TestOptions:
     def test_dry_run_names_what_is_refused(self, compiled: Any, here: Path) -> None:
         Path("rules.yaml").write_text(ODD_RULES)
         run = compiled("--rules", "rules.yaml", "--dry-run", model=variant(here, ODD))
-        assert re.search(r"│ odd +│ 1 +│ patch_embed +│ 6x1x3x3 │ 2:4 int8: refused │", run.err)
+        assert re.search(r"odd\n  1 +patch_embed +6x1x3x3 +2:4 int8: refused +-", run.err)
         assert (
             "refused on 1 layer (odd): 2:4 needs a reduction axis that is a multiple of 4"
             in run.err
         )
+
+    def test_a_dry_run_says_that_it_compares_no_accuracy(self, compiled: Any, here: Path) -> None:
+        run = compiled("--rules", "int8", "--dry-run", "--max-drop", 0.1, model=variant(here))
+        assert "--max-drop is left out: a dry run measures no accuracy" in run.err
+        assert "nothing was written (--dry-run)" in run.err
 
     def test_the_gate_on_accuracy_fails_with_by_how_much(self, compiled: Any, here: Path) -> None:
         path = variant(here, WORSE)

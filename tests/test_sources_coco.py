@@ -158,7 +158,7 @@ class TestLayouts:
         assert source.train_data is None
         assert source.calibration_data is not None
         assert source.eval_data is not None
-        assert "evaluation-images-calibrate" in dict(source.notes)
+        assert "calibrated-on-evaluation" in dict(source.notes)
         assert "instances_train*.json" in source.data_forms
 
     def test_of_two_files_of_one_split_the_other_is_named(self, tmp_path: Path) -> None:
@@ -235,6 +235,136 @@ class TestFaults:
         error = refused(edited(tmp_path, change))
         assert error.code == "data-not-coco"
         assert part in error.message
+
+    @pytest.mark.parametrize(
+        ("change", "keys", "part"),
+        [
+            (lambda c: c["images"][2].pop("id"), ("images", 2), "images[2] has no id"),
+            (
+                lambda c: c["images"][2].update(id="7"),
+                ("images", 2, "id"),
+                "images[2] has the id '7'",
+            ),
+            (
+                lambda c: c["images"][2].update(id=1),
+                ("images", 2, "id"),
+                "images[2] has the id 1, which images[0] has too",
+            ),
+            (
+                lambda c: c["annotations"][3].update(id=1),
+                ("annotations", 3, "id"),
+                "annotations[3] has the id 1, which annotations[0] has too",
+            ),
+            (
+                lambda c: c["categories"][1].update(id=7),
+                ("categories", 1, "id"),
+                "categories[1] has the id 7, which categories[0] has too",
+            ),
+            (lambda c: c["categories"].append(3), ("categories", 2), "categories[2] is 3"),
+            (
+                lambda c: c["images"][1].update(file_name=None),
+                ("images", 1, "file_name"),
+                "image 2 has the file_name None",
+            ),
+            (lambda c: c["images"][1].pop("file_name"), ("images", 1), "image 2 has no file_name"),
+            (
+                lambda c: c["images"][1].update(width="wide"),
+                ("images", 1, "width"),
+                "image 2 has the width 'wide'",
+            ),
+            (
+                lambda c: c["annotations"][2].update(image_id=[1]),
+                ("annotations", 2, "image_id"),
+                "annotation 3 has the image_id [1]",
+            ),
+            (
+                lambda c: c["annotations"][2].update(bbox=[10, 10, -4, 5]),
+                ("annotations", 2, "bbox"),
+                "has the bbox [10, 10, -4, 5], expected",
+            ),
+            (
+                lambda c: c["annotations"][2].update(bbox=[WIDTH, 10, 4, 5]),
+                ("annotations", 2, "bbox"),
+                f"within its image of {WIDTH}x{HEIGHT}",
+            ),
+        ],
+    )
+    def test_a_fault_is_told_at_its_place(
+        self,
+        change: Callable[[dict[str, Any]], object],
+        keys: tuple[str | int, ...],
+        part: str,
+        tmp_path: Path,
+    ) -> None:
+        edited(tmp_path, change)
+        file = tmp_path / "annotations.json"
+        file.write_text(json.dumps(json.loads(file.read_text()), indent=1))
+        error = refused(tmp_path)
+        assert error.code == "data-not-coco"
+        assert part in error.message
+        assert error.location is not None
+        assert error.location.line is not None
+        assert error.location.column is not None
+        value = json.loads(file.read_text())
+        for key in keys:
+            value = value[key]
+        rest = file.read_text().splitlines()[error.location.line - 1 :]
+        rest[0] = rest[0][error.location.column - 1 :]
+        assert json.JSONDecoder().raw_decode("\n".join(rest))[0] == value
+
+    def test_boxes_that_reach_beyond_their_image_are_cut_and_counted(self, tmp_path: Path) -> None:
+        def change(content: dict[str, Any]) -> None:
+            content["annotations"][0]["bbox"] = [WIDTH - 10, 10, 30, 10]
+            content["annotations"][1]["bbox"] = [WIDTH - 10, 10, 10.9, 10]
+
+        source = given(edited(tmp_path, change), model_for("detection"))
+        text = dict(source.notes)["boxes-cut"]
+        assert text.startswith("1 of 6 boxes of ")
+        assert f"annotation 1 with the bbox [{WIDTH - 10}, 10, 30, 10] in 1.jpg" in text
+        _, targets = one_batch(source)
+        centre, _, width, _ = targets[1]["boxes"][0].tolist()
+        assert centre + width / 2 == pytest.approx(1.0)
+        assert width == pytest.approx(10 / WIDTH)
+
+    def test_what_a_detector_does_not_see_is_counted(self, tmp_path: Path) -> None:
+        def change(content: dict[str, Any]) -> None:
+            content["annotations"][-1]["iscrowd"] = 1
+            content["annotations"][-2]["bbox"][2] = 0
+
+        source = given(edited(tmp_path, change), model_for("detection"))
+        assert dict(source.facts)["crowds-left-out"].startswith("1 of 6 annotations of ")
+        text = dict(source.notes)["objects-left-out"]
+        assert text.startswith("1 of 6 boxes of ")
+        assert "annotation 5 with the bbox [40, 30, 0, 30] in 3.jpg" in text
+
+    def test_crowds_alone_are_nothing_to_train_a_detector_on(self, tmp_path: Path) -> None:
+        def change(content: dict[str, Any]) -> None:
+            for annotation in content["annotations"]:
+                annotation["iscrowd"] = 1
+
+        error = refused(edited(tmp_path, change))
+        assert error.code == "no-objects"
+        assert "of 6 annotations 6 are crowds, and 0 have no area" in error.message
+        labels = one_batch(given(tmp_path, model_for("segmentation")))[1]
+        assert bool((labels[1] != 255).any()), "they cover pixels all the same"
+
+    def test_an_image_of_another_size_than_annotated_is_named(self, tmp_path: Path) -> None:
+        folder = edited(tmp_path, lambda c: c["images"][1].update(width=320, height=240))
+        error = refused(folder)
+        assert error.code == "image-size-differs"
+        assert f"images/1.jpg is {WIDTH}x{HEIGHT}, and" in error.message
+        assert "says 320x240" in error.message
+
+    def test_a_mask_of_another_size_than_its_image_is_named(self, tmp_path: Path) -> None:
+        def change(content: dict[str, Any]) -> None:
+            content["annotations"][0]["segmentation"] = {"size": [60, 80], "counts": [0, 4800]}
+
+        error = refused(edited(tmp_path, change), model_for("segmentation"))
+        assert error.code == "data-not-coco"
+        assert (
+            "annotation 1 has a segmentation that cannot be read: it is of an image of 80x60"
+            in (error.message)
+        )
 
     def test_a_box_without_an_outline_cannot_train_a_segmentation(self, tmp_path: Path) -> None:
         folder = edited(tmp_path, lambda c: c["annotations"][0].pop("segmentation"))

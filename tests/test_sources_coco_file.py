@@ -159,15 +159,20 @@ class TestOnce:
 
 
 class TestBoxes:
-    @pytest.mark.parametrize(
-        "box", [[10, 10, 0, 5], [WIDTH + 5, 10, 10, 10], [10, -20, 10, 20], [-50, -50, 10, 10]]
-    )
-    def test_a_box_without_an_area_in_its_image_is_left_out_and_said(
+    @pytest.mark.parametrize("box", [[WIDTH + 5, 10, 10, 10], [10, -20, 10, 20], [-9, -9, 5, 5]])
+    def test_a_box_outside_its_image_is_an_error(self, box: list[int], tmp_path: Path) -> None:
+        error = refused(tmp_path, update("annotations", 1, bbox=box))
+        assert error.code == "data-not-coco"
+        assert error.message.endswith(f"within its image of {WIDTH}x{HEIGHT}")
+        assert line_at(tmp_path, error) == "["
+
+    @pytest.mark.parametrize("box", [[10, 10, 0, 5], [10, 10, 5, 0], [10, 10, 5, 1e-30]])
+    def test_a_box_without_an_area_is_left_out_and_said(
         self, box: list[int], tmp_path: Path
     ) -> None:
         source = read(edited(tmp_path, update("annotations", 1, bbox=box)))
         text = dict(source.notes)["objects-left-out"]
-        assert text.startswith("1 of 6 objects of ")
+        assert text.startswith("1 of 6 boxes of ")
         assert f"annotation 2 with the bbox {box} in 2.jpg of {WIDTH}x{HEIGHT}" in text
 
     def test_a_box_given_by_two_corners_is_said_to_reach_over_the_border(
@@ -213,7 +218,9 @@ class TestBoxes:
     ) -> None:
         folder = Path(tempfile.mkdtemp(dir=tmp_path))
         change = update("annotations", 0, bbox=box)
-        if min(box[2:]) < 0:
+        x, y, wide, high = box
+        away = x >= WIDTH or y >= HEIGHT or x + wide <= 0 or y + high <= 0
+        if min(wide, high) < 0 or (wide and high and away):
             assert refused(folder, change).code == "data-not-coco"
             return
         source = read(edited(folder, change))
@@ -236,13 +243,13 @@ class TestSizes:
         )
         assert line_at(tmp_path, error) == "{"
 
-    def test_a_box_outside_an_image_of_unsaid_size_is_said(self, tmp_path: Path) -> None:
+    def test_a_box_outside_an_image_of_unsaid_size_is_an_error(self, tmp_path: Path) -> None:
         def change(content: Content) -> None:
             del content["images"][2]["width"], content["images"][2]["height"]
             content["annotations"][1]["bbox"] = [WIDTH + 5, 10, 10, 10]
 
-        text = dict(read(edited(tmp_path, change)).notes)["objects-left-out"]
-        assert text.endswith(f"in 2.jpg of {WIDTH}x{HEIGHT}")
+        error = refused(tmp_path, change)
+        assert error.message.endswith(f"within its image of {WIDTH}x{HEIGHT}")
 
     def test_an_image_that_its_exif_orientation_turns_is_explained(self, tmp_path: Path) -> None:
         folder = edited(tmp_path, update("images", 2, width=HEIGHT, height=WIDTH))

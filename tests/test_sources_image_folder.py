@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from gpusq_compile.data import check_data, require_train_data
 from gpusq_compile.errors import InputError
 from gpusq_compile.model_source import ModelSource
 from gpusq_compile.sources.class_folders import read_classes
@@ -82,6 +83,10 @@ class TestSplits:
         assert sorted(labels_of(source.train_data)) == [0] * 6 + [1] * 6
         assert source.eval_data is None
         assert "has no val/ folder" in dict(source.notes)["no-evaluation-images"]
+        with pytest.raises(InputError) as caught:
+            check_data(source, finetune=False, labelled=True)
+        assert caught.value.code == "no-labelled-eval-data"
+        assert caught.value.hint == "give --data imagefolder:DIR with val/ beside train/"
 
     def test_a_val_folder_alone_calibrates_and_evaluates(self, tmp_path: Path) -> None:
         make_image_folder(tmp_path / "val", {"a": 2, "b": 2})
@@ -89,47 +94,10 @@ class TestSplits:
         assert source.train_data is None
         assert source.calibration_data is not None
         assert labels_of(source.eval_data) == [0, 0, 1, 1]
-        assert "images that are evaluated" in dict(source.notes)["evaluation-images-calibrate"]
-        assert source.data_forms == "imagefolder:DIR with train/ beside val/"
-
-    @pytest.mark.parametrize("names", [("Train", "Val"), ("TRAINING", "Validation")])
-    def test_a_split_in_other_capitals_is_a_split(
-        self, names: tuple[str, str], tmp_path: Path
-    ) -> None:
-        for name in names:
-            make_image_folder(tmp_path / name, {"a": 2, "b": 2})
-        source = given(tmp_path)
-        assert sorted(labels_of(source.train_data)) == [0, 0, 1, 1]
-        assert labels_of(source.eval_data) == [0, 0, 1, 1]
-
-    @pytest.mark.parametrize("name", ["eval", "vall", "Evaluation"])
-    def test_a_folder_beside_train_is_named_with_what_it_may_be(
-        self, name: str, tmp_path: Path
-    ) -> None:
-        for folder in ("train", name):
-            make_image_folder(tmp_path / folder, {"a": 2, "b": 2})
-        text = dict(given(tmp_path).notes)["folders-left-out"]
-        assert f"train/ is read, and not {name}/; did you mean {name}/ to be val" in text
-
-    def test_a_third_split_is_named(self, tmp_path: Path) -> None:
-        for folder in ("train", "val", "test"):
-            make_image_folder(tmp_path / folder, {"a": 2, "b": 2})
-        text = dict(given(tmp_path).notes)["folders-left-out"]
-        assert text.endswith("train/ and val/ are read, and not test/")
-
-    def test_a_split_one_folder_deeper_is_an_error_with_its_path(self, tmp_path: Path) -> None:
-        for folder in ("train", "val"):
-            make_image_folder(tmp_path / "photos" / folder, {"a": 2, "b": 2})
-        error = refused(tmp_path)
-        assert error.code == "data-not-an-imagefolder"
-        assert error.message.endswith("has one folder, photos/, which holds train/ and val/")
-        assert error.hint == f"did you mean imagefolder:{tmp_path}/photos?"
-
-    def test_classes_one_folder_deeper_are_said(self, tmp_path: Path) -> None:
-        make_image_folder(tmp_path / "photos", {"a": 5, "b": 2})
-        text = dict(given(tmp_path).notes)["classes-nested"]
-        assert "its classes are photos, and not a, b" in text
-        assert text.endswith(f"did you mean imagefolder:{tmp_path}/photos?")
+        with pytest.raises(InputError) as caught:
+            require_train_data(source, "sparse")
+        hint = "give --data imagefolder:DIR with train/ beside val/, or compile without it"
+        assert str(caught.value.hint).startswith(hint)
 
     def test_mistyped_names_of_a_split_are_said(self, tmp_path: Path) -> None:
         for folder in ("trian", "vaal"):
@@ -148,6 +116,42 @@ class TestSplits:
         make_image_folder(tmp_path / "train", {"temple": 2})
         make_image_folder(tmp_path / "val", {"tempel": 2})
         assert refused(tmp_path).hint == "did you mean 'temple'?"
+
+    @pytest.mark.parametrize(("train", "val"), [("Train", "Val"), ("TRAINING", "Validation")])
+    def test_capitals_do_not_make_a_split_a_class(
+        self, train: str, val: str, tmp_path: Path
+    ) -> None:
+        make_image_folder(tmp_path / train, {"a": 3, "b": 2})
+        make_image_folder(tmp_path / val, {"b": 2})
+        source = given(tmp_path)
+        assert sorted(labels_of(source.train_data)) == [0, 0, 0, 1, 1]
+        assert labels_of(source.eval_data) == [1, 1]
+
+    @pytest.mark.parametrize(
+        ("other", "end"),
+        [
+            ("vall", "not vall/; did you mean vall/ to be val/?"),
+            ("eval", "not eval/; did you mean eval/ to be val/?"),
+            ("zebra", "train/ is read, and not zebra/"),
+        ],
+    )
+    def test_a_folder_beside_train_that_is_no_split_is_named(
+        self, other: str, end: str, tmp_path: Path
+    ) -> None:
+        for folder in ("train", other):
+            make_image_folder(tmp_path / folder, {"a": 2})
+        assert dict(given(tmp_path).notes)["folders-left-out"].endswith(end)
+
+    def test_a_test_folder_beside_val_is_passed_over_and_said(self, tmp_path: Path) -> None:
+        for folder in ("train", "val", "test"):
+            make_image_folder(tmp_path / folder, {"a": 2})
+        assert dict(given(tmp_path).notes)["folders-left-out"].endswith("and not test/")
+
+    def test_calibrating_on_what_is_evaluated_is_said(self, tmp_path: Path) -> None:
+        make_image_folder(tmp_path / "val", {"a": 2, "b": 2})
+        assert "calibrated-on-evaluation" in codes(given(tmp_path))
+        make_image_folder(tmp_path / "train", {"a": 2, "b": 2})
+        assert "calibrated-on-evaluation" not in codes(given(tmp_path))
 
     def test_calibration_sees_every_class_at_once(self, tmp_path: Path) -> None:
         source = given(make_image_folder(tmp_path, {"a": 4, "b": 2}))
@@ -239,6 +243,44 @@ class TestImageFiles:
         assert error.code == "image-unreadable"
         assert str(photo) in error.message
 
+    def test_hidden_folders_and_other_files_are_no_classes(self, tmp_path: Path) -> None:
+        make_image_folder(tmp_path)
+        (tmp_path / ".cache").mkdir()
+        (tmp_path / "__MACOSX").mkdir()
+        (tmp_path / "readme.txt").write_text("photos")
+        (tmp_path / NAMES[0] / "notes.txt").write_text("notes")
+        source = given(tmp_path)
+        assert "the 2 classes of" in dict(source.notes)["classes-not-matched"]
+
+    def test_files_of_other_kinds_are_counted(self, tmp_path: Path) -> None:
+        make_image_folder(tmp_path, {"a": 2, "b": 1})
+        for name in ("a/1.gif", "a/2.HEIC", "b/3.heic", "b/notes", "b/.hidden.jpg"):
+            (tmp_path / name).write_bytes(b"GIF")
+        source = given(tmp_path)
+        text = dict(source.notes)["files-left-out"]
+        assert "2 files .heic, 1 file .gif and 1 file without extension are not read" in text
+        assert f"the first {tmp_path}/a/1.gif; images are .jpg, " in text
+        assert sorted(labels_of(source.train_data)) == [0, 0, 1]
+
+    def test_links_that_lead_back_give_no_image_twice(self, tmp_path: Path) -> None:
+        make_image_folder(tmp_path / "photos", {"a": 3, "b": 2})
+        (tmp_path / "photos" / "a" / "again").symlink_to(tmp_path / "photos" / "a")
+        (tmp_path / "photos" / "c").symlink_to(tmp_path / "photos" / "b")
+        source = given(tmp_path / "photos")
+        assert sorted(labels_of(source.calibration_data)) == [0, 0, 0, 1, 1, 2, 2]
+        text = dict(source.notes)["folders-left-out"]
+        assert "photos/a/again is a link to a folder whose images are read already" in text
+
+    def test_several_links_that_lead_back_are_an_error(self, tmp_path: Path) -> None:
+        """Following them would take for ever."""
+        make_image_folder(tmp_path)
+        for name in ("up", "again"):
+            (tmp_path / NAMES[0] / name).symlink_to("..")
+        error = refused(tmp_path)
+        assert error.code == "data-not-an-imagefolder"
+        names = [f"{tmp_path}/{NAMES[0]}/{name}" for name in ("again", "up")]
+        assert error.message.startswith(f"{' and '.join(names)} are links that lead back")
+
     @pytest.mark.parametrize(
         ("pixels", "found"),
         [
@@ -248,17 +290,17 @@ class TestImageFiles:
             (np.linspace(0, 4000, 64, dtype=np.float32), "floats from 0 to 4000"),
         ],
     )
-    def test_values_that_eight_bits_would_clip_are_refused(
+    def test_thirty_two_bits_are_refused_and_not_clipped(
         self, pixels: Any, found: str, tmp_path: Path
     ) -> None:
-        (tmp_path / "a").mkdir()
-        Image.fromarray(pixels.reshape(8, 8)).save(tmp_path / "a" / "1.tif")
+        make_image_folder(tmp_path, {"a": 2})
+        Image.fromarray(pixels.reshape(8, 8)).save(tmp_path / "a" / "0.tif")
         error = refused(tmp_path)
-        assert error.code == "image-depth"
-        assert f"a/1.tif has {found}, expected" in error.message
+        assert error.code == "image-unreadable"
+        assert f"0.tif has {found}, expected 8 bits from 0 to 255 or 16 bits" in error.message
 
     @pytest.mark.parametrize("kind", [np.int32, np.float32])
-    def test_wide_values_that_eight_bits_hold_are_read(self, kind: Any, tmp_path: Path) -> None:
+    def test_thirty_two_bits_that_eight_hold_are_read(self, kind: Any, tmp_path: Path) -> None:
         for name, dtype in (("a", np.uint8), ("b", kind)):
             (tmp_path / name).mkdir()
             pixels = np.arange(0, 256, 4).reshape(8, 8).astype(dtype)
@@ -276,19 +318,9 @@ class TestImageFiles:
         photo.save(tmp_path / "turned.jpg", exif=exif)
         photo.putalpha(photo.convert("L"))
         photo.save(tmp_path / "clear.png")
-        photo.convert("P").save(tmp_path / "palette.png")
+        photo.convert("RGB").convert("P").save(tmp_path / "palette.png")
         for path in tmp_path.iterdir():
             assert open_image(path).tobytes() == pil_loader(path).tobytes()
-
-    def test_files_that_are_left_out_are_counted_by_kind(self, tmp_path: Path) -> None:
-        make_image_folder(tmp_path)
-        for name in ("1.gif", "2.GIF", "3.heic"):
-            (tmp_path / NAMES[0] / name).write_bytes(b"")
-        (tmp_path / "loose.png").write_bytes(b"")
-        (tmp_path / ".hidden.gif").write_bytes(b"")
-        text = dict(given(tmp_path).notes)["files-left-out"]
-        assert "2 files .gif, 1 file .png and 1 file .heic are not read" in text
-        assert f"the first {tmp_path}/loose.png" in text
 
     def test_images_are_those_of_torchvisions_own_dataset(self, tmp_path: Path) -> None:
         make_image_folder(tmp_path, {"b": 3, "a": 2})
@@ -299,30 +331,44 @@ class TestImageFiles:
         assert split.images.samples == own.samples
         assert split.names == own.classes == ["a", "b"]
 
-    def test_a_link_that_leads_back_is_an_error(self, tmp_path: Path) -> None:
+    def test_images_beside_the_classes_are_counted(self, tmp_path: Path) -> None:
         make_image_folder(tmp_path)
-        (tmp_path / NAMES[0] / "up").symlink_to("..")
-        error = refused(tmp_path)
-        assert error.code == "data-not-an-imagefolder"
-        assert f"{NAMES[0]}/up is a link that leads back to {tmp_path}" in error.message
+        (tmp_path / "loose.png").write_bytes(b"")
+        text = dict(given(tmp_path).notes)["files-left-out"]
+        assert "1 file .png is not read" in text
+        assert f"the first {tmp_path}/loose.png" in text
 
-    def test_a_class_may_be_a_link(self, tmp_path: Path) -> None:
-        make_image_folder(tmp_path / "photos", {"a": 5})
-        (tmp_path / "classes").mkdir()
-        (tmp_path / "classes" / "b").symlink_to("../photos/a")
-        assert labels_of(given(tmp_path / "classes").train_data) == [0] * 4
-
-    def test_hidden_folders_and_other_files_are_no_classes(self, tmp_path: Path) -> None:
-        make_image_folder(tmp_path)
-        (tmp_path / ".cache").mkdir()
-        (tmp_path / "__MACOSX").mkdir()
-        (tmp_path / "readme.txt").write_text("photos")
-        (tmp_path / NAMES[0] / "notes.txt").write_text("notes")
-        source = given(tmp_path)
-        assert "the 2 classes of" in dict(source.notes)["classes-not-matched"]
+    def test_an_orientation_turns_nothing_as_in_training(self, tmp_path: Path) -> None:
+        (tmp_path / "a").mkdir()
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        photo = crops(0, 1)[0]
+        photo.save(tmp_path / "a" / "1.png", exif=exif)
+        photo.save(tmp_path / "a" / "2.png")
+        source = given(tmp_path, Classes(1))
+        assert source.train_data is not None
+        ((images, _),) = source.train_data()
+        assert torch.equal(images[0], images[1])
 
 
 class TestOtherFolders:
+    @pytest.mark.parametrize("inside", [("train", "val"), ("Train",), ("temple", "flower")])
+    def test_the_only_folder_is_named_where_it_is_meant(
+        self, inside: tuple[str, ...], tmp_path: Path
+    ) -> None:
+        for name in inside:
+            make_image_folder(tmp_path / "photos" / name, {"a": 1})
+        error = refused(tmp_path)
+        assert error.code == "data-not-an-imagefolder"
+        assert "has one folder, photos/, which holds no image but " in error.message
+        assert str(error.hint).startswith("did you mean imagefolder:")
+        assert str(error.hint).endswith("/photos?")
+
+    def test_one_class_with_images_in_folders_of_its_own_is_a_class(self, tmp_path: Path) -> None:
+        make_image_folder(tmp_path / "cat", {"old": 3, "new": 3})
+        crops(0, 1)[0].save(tmp_path / "cat" / "1.jpg")
+        assert len(labels_of(given(tmp_path, Classes(1)).calibration_data)) == 6
+
     def test_a_class_without_an_image_is_named(self, tmp_path: Path) -> None:
         make_image_folder(tmp_path)
         (tmp_path / "empty").mkdir()

@@ -56,23 +56,21 @@ def read_classes(source: ModelSource, folder: Path, channels: int) -> Split:
     loader names no damaged file, clips 16 bits at 255 and always gives three channels.
 
     Raises:
-        InputError: there is no class, one has no image, or a link leads back to where it is.
+        InputError: there is no class, one has no image, or links lead back to where they are.
     """
     shown = relative_to_cwd(folder)
     datasets = require("torchvision.datasets")
     extensions = tuple(datasets.folder.IMG_EXTENSIONS)
-    left_out = _left_out(folder, extensions)
+    walked = _walk(source, folder, extensions)
+    left_out = walked.left_out
     if not visible_folders(folder):
-        loose = [path for path in folder.iterdir() if path.name.lower().endswith(extensions)]
+        loose = _images_in(folder)
         there = f"{len(loose)} images" if loose else "nothing"
         raise _no_images(shown, f"no folder of a class, but {there}")
 
-    start = len(os.path.join(str(folder), ""))
-
     def valid(path: str) -> bool:
-        return path.lower().endswith(extensions) and not any(
-            map(_hidden, path[start:].split(os.sep))
-        )
+        place, name = os.path.split(path)
+        return place in walked.places and name.lower().endswith(extensions) and not _hidden(name)
 
     images = datasets.ImageFolder(
         str(folder),
@@ -98,36 +96,60 @@ def read_classes(source: ModelSource, folder: Path, channels: int) -> Split:
     return split
 
 
-def _left_out(folder: Path, extensions: tuple[str, ...]) -> list[Path]:
-    """The files that are no image of a class.
+@dataclass(frozen=True)
+class Walked:
+    """The folders whose files are read, as `os.walk` gives them, and the files that are not."""
+
+    places: set[str]
+    left_out: list[Path]
+
+
+def _walk(source: ModelSource, folder: Path, extensions: tuple[str, ...]) -> Walked:
+    """Look at every folder and file once, as `ImageFolder` does not.
 
     Raises:
-        InputError: a link leads back to a folder that it is in: its images would be counted again
-            and again, and as of other classes.
+        InputError: several links lead back to folders that they are in. `ImageFolder` follows
+            each as deep as the system lets it, and in each of them the others.
         OSError: a folder may not be read; `ImageFolder` would pass over it in silence.
     """
-    found = []
-    above: dict[str, tuple[str, ...]] = {str(folder): (os.path.realpath(folder),)}
-    for place, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
+    top = str(folder)
+    places: set[str] = set()
+    left_out: list[Path] = []
+    # A class may be a link to another, whose images are then of both.
+    seen: set[tuple[str, str]] = set()
+    above: dict[str, tuple[str, ...]] = {top: (os.path.realpath(top),)}
+    again: list[Path] = []
+    back: list[Path] = []
+    for place, folders, files in os.walk(top, followlinks=True, onerror=_raise):
         folders[:] = sorted(name for name in folders if not _hidden(name))
-        for name in folders:
+        # Of a folder and a link to it the folder is read.
+        for name in sorted(folders, key=lambda name: os.path.islink(os.path.join(place, name))):
             inner = os.path.join(place, name)
             real = os.path.realpath(inner)
+            label = name if place == top else os.path.relpath(inner, top).split(os.sep)[0]
             if real in above[place]:
-                raise InputError(
-                    "data-not-an-imagefolder",
-                    f"{relative_to_cwd(Path(place))}/{name} is a link that leads back to {real}, "
-                    "which it is in",
-                    hint="remove the link",
-                )
+                back.append(Path(inner))
+            if real in above[place] or (label, real) in seen:
+                again.append(Path(inner))
+                folders.remove(name)
+                continue
+            seen.add((label, real))
             above[inner] = (*above[place], real)
-        loose = place == str(folder)
-        found += [
+        if place != top:
+            places.add(place)
+        left_out += [
             Path(place, name)
             for name in sorted(files)
-            if not _hidden(name) and (loose or not name.lower().endswith(extensions))
+            if not _hidden(name) and (place == top or not name.lower().endswith(extensions))
         ]
-    return found
+    if len(back) > 1:
+        names = " and ".join(_shown(link) for link in sorted(back)[:2])
+        text = f"{names} are links that lead back to folders that they are in"
+        raise InputError("data-not-an-imagefolder", text, hint="remove the links")
+    for link in again:
+        text = f"{_shown(link)} is a link to a folder whose images are read already"
+        source.notes.append(("folders-left-out", text))
+    return Walked(places, left_out)
 
 
 def _raise(error: OSError) -> None:
@@ -136,6 +158,21 @@ def _raise(error: OSError) -> None:
 
 def _hidden(name: str) -> bool:
     return name.startswith(".") or name == RESOURCE_FORKS
+
+
+def has_image(folder: Path) -> bool:
+    """Whether a folder itself holds an image."""
+    return bool(_images_in(folder))
+
+
+def _images_in(folder: Path) -> list[Path]:
+    extensions = tuple(require("torchvision.datasets.folder").IMG_EXTENSIONS)
+    return [path for path in folder.iterdir() if path.name.lower().endswith(extensions)]
+
+
+def _shown(link: Path) -> str:
+    """A link's own path: `relative_to_cwd` shows what it leads to."""
+    return f"{relative_to_cwd(link.parent)}/{link.name}"
 
 
 def _kinds(files: Iterable[Path]) -> str:

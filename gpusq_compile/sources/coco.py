@@ -79,7 +79,7 @@ def coco(source: ModelSource, model: LibraryModel, root: Path) -> None:
             f"{relative_to_cwd(root)} has no instances_train*.json, so scales are calibrated on "
             "the images that are evaluated, which flatters what is measured"
         )
-        source.notes.append(("evaluation-images-calibrate", text))
+        source.notes.append(("calibrated-on-evaluation", text))
         source.data_forms = "coco:DIR with annotations/instances_train*.json and train*/"
     other = first if train is None else _open(source, model, *held_out)
     again = Samples(other, model, _same_outputs(first, outputs, other), held_out[0])
@@ -154,10 +154,10 @@ def _note_objects(source: ModelSource, file: JsonFile) -> None:
             "no single objects and are left out"
         )
         source.facts.append(("crowds-left-out", text))
-    if objects.outside:
+    if objects.flat:
         text = (
-            f"{len(objects.outside)} of {count} objects of {file.shown} have no area within their "
-            f"image and are left out; the first is {described(file, objects.outside[0])}"
+            f"{len(objects.flat)} of {count} boxes of {file.shown} have no area and are left out; "
+            f"the first is {described(file, objects.flat[0])}"
         )
         source.notes.append(("objects-left-out", text))
     if objects.cut:

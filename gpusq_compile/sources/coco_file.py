@@ -46,12 +46,12 @@ Entry = dict[str, Any]
 class Objects:
     """The indices of a file's annotations by what a detector does with them.
 
-    Of `outside` no area is within their image; `cut` are kept, but reach beyond its border.
+    `flat` have no area in their image; `cut` are kept, but reach beyond its border.
     """
 
     kept: list[int]
     cut: list[int]
-    outside: list[int]
+    flat: list[int]
     crowds: list[int]
 
 
@@ -80,6 +80,11 @@ def read_annotations(path: Path, images: Path) -> JsonFile:
             raise _wrong(file, "annotations", index, "bbox", BOX)
         if min(entry["bbox"][2:]) < 0:
             raise _wrong(file, "annotations", index, "bbox", f"{BOX}, and no size below 0")
+        image = file.content["images"][ids["images"][entry["image_id"]]]
+        if _is_outside(entry["bbox"], image):
+            size = f"{image['width']}x{image['height']}"
+            expected = f"{BOX}, within its image of {size}"
+            raise _wrong(file, "annotations", index, "bbox", expected)
         crowd = entry.get("iscrowd", 0)
         if not isinstance(crowd, int) or crowd not in (0, 1):
             raise _wrong(file, "annotations", index, "iscrowd", "0 or 1")
@@ -101,7 +106,7 @@ def count_objects(file: JsonFile) -> Objects:
             continue
         image = images[entry["image_id"]]
         if not has_area(entry["bbox"], image):
-            objects.outside.append(index)
+            objects.flat.append(index)
             continue
         objects.kept.append(index)
         x, y, width, height = entry["bbox"]
@@ -112,8 +117,7 @@ def count_objects(file: JsonFile) -> Objects:
         raise InputError(
             "no-objects",
             f"{file.shown} has no object to train on or to find: of {len(annotations)} annotations "
-            f"{len(objects.crowds)} are crowds, and {len(objects.outside)} have no area within "
-            "their image",
+            f"{len(objects.crowds)} are crowds, and {len(objects.flat)} have no area",
             location=file.place("annotations", 0),
             hint=f"a bbox is {BOX}; `iscrowd: 1` is for groups that are not told apart",
         )
@@ -128,6 +132,13 @@ def has_area(box: list[float], image: Entry) -> bool:
     wide = min(x + width, image["width"]) - max(x, 0)
     high = min(y + height, image["height"]) - max(y, 0)
     return bool(min(wide, high) >= SMALLEST)
+
+
+def _is_outside(box: list[float], image: Entry) -> bool:
+    """Whether a box with an area has none of it in its image."""
+    x, y, width, height = box
+    away = x >= image["width"] or y >= image["height"] or x + width <= 0 or y + height <= 0
+    return bool(width and height and away)
 
 
 def described(file: JsonFile, index: int) -> str:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from gpusq_compile.errors import InputError, nearest, relative_to_cwd
 from gpusq_compile.model_source import ModelSource
-from gpusq_compile.sources.class_folders import Split, read_classes, visible_folders
+from gpusq_compile.sources.class_folders import Split, has_image, read_classes, visible_folders
 from gpusq_compile.sources.classes import match_classes
 from gpusq_compile.sources.images import classified_image
 from gpusq_compile.sources.model import LibraryModel
@@ -94,7 +94,7 @@ def _splits(source: ModelSource, root: Path, channels: int) -> tuple[Split | Non
             f"{shown} has no train/ folder, so scales are calibrated on the images that are "
             "evaluated, which flatters the accuracy"
         )
-        source.notes.append(("evaluation-images-calibrate", text))
+        source.notes.append(("calibrated-on-evaluation", text))
         source.data_forms = "imagefolder:DIR with train/ beside val/"
     return (
         None if train is None else read_classes(source, train, channels),
@@ -129,16 +129,18 @@ def _note_others(source: ModelSource, shown: str, used: list[Path], others: list
 
 
 def _check_wrapper(root: Path, folders: list[Path]) -> None:
-    """Raise InputError where the split lies one folder deeper: it would be one class."""
+    """Raise InputError where the only folder is no class, but holds the folders that are meant."""
     if len(folders) != 1:
         return
-    inner = visible_folders(folders[0])
-    if _called(inner, TRAIN) or _called(inner, EVALUATION):
+    [only] = folders
+    inner = visible_folders(only)
+    split = _called(inner, TRAIN) or _called(inner, EVALUATION)
+    if split or (len(inner) > 1 and not has_image(only)):
         raise InputError(
             "data-not-an-imagefolder",
-            f"{relative_to_cwd(root)} has one folder, {folders[0].name}/, which holds "
-            + " and ".join(f"{place.name}/" for place in inner),
-            hint=f"did you mean imagefolder:{relative_to_cwd(folders[0])}?",
+            f"{relative_to_cwd(root)} has one folder, {only.name}/, which holds no image but "
+            + _listed([f"{place.name}/" for place in inner]),
+            hint=f"did you mean imagefolder:{relative_to_cwd(only)}?",
         )
 
 
@@ -153,12 +155,9 @@ def _note_nested(source: ModelSource, whole: Split) -> None:
         deeper.add(name)
     text = (
         f"the images of {whole.shown} lie a folder deeper: its classes are "
-        f"{_listed(whole.names)}, and not {_listed(sorted(deeper))}"
+        f"{_listed(whole.names)}, and not {_listed(sorted(deeper))}; folders of a split are called "
+        "train/ and val/"
     )
-    if len(whole.names) == 1:
-        text += f"; did you mean imagefolder:{whole.shown}/{whole.names[0]}?"
-    else:
-        text += "; folders of a split are called train/ and val/"
     source.notes.append(("classes-nested", text))
 
 

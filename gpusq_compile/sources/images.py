@@ -37,7 +37,8 @@ def open_image(path: str | Path, channels: int = 3) -> Any:
     try:
         with Image.open(path) as file:
             image: Image.Image = file
-            if image.mode.startswith("I;16"):
+            # Some versions of Pillow give 16 bits of a PNG as 32.
+            if image.mode.startswith("I;16") or (image.mode == "I" and file.format == "PNG"):
                 # Converting would clip its 16 bits at 255.
                 image = image.point(lambda value: value / 256).convert("L")
             elif image.mode in ("I", "F"):
@@ -58,7 +59,7 @@ def _check_range(path: str | Path, image: Any) -> None:
     if low >= 0 and high <= BYTE and not shares:
         return
     raise InputError(
-        "image-depth",
+        "image-unreadable",
         f"{path} has {'floats' if image.mode == 'F' else '32 bits'} from {low:g} to {high:g}, "
         "expected 8 bits from 0 to 255 or 16 bits",
         hint="which value is white is not in the file: convert the images to 8 or 16 bits",
