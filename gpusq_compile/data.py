@@ -130,12 +130,13 @@ def some_batches(source: ModelSource, device: torch.device, limit: int) -> list[
 
 
 def _no_labels(source: ModelSource, found: str) -> InputError:
+    pairs = "" if _of_library(source) else " with (inputs, labels) batches"
     own = "" if source.metrics is None else "; metrics() are reported, but no gate compares them"
     return InputError(
         "no-labelled-eval-data",
         f"a largest drop of top-1 was given, but {found}, so there is no top-1 to measure{own}",
         location=source.place("eval_data"),
-        hint=f"{how_to_give(source, 'eval_data')} with (inputs, labels) batches",
+        hint=f"{how_to_give(source, 'eval_data')}{pairs}",
     )
 
 
@@ -143,9 +144,13 @@ def how_to_give(source: ModelSource, name: str) -> str:
     """The way in which the data called `name` comes with this kind of source."""
     if source.file is not None:
         return f"define {name}() in the model file"
-    if ":" in source.origin:
+    if _of_library(source):
         return f"give --data {source.data_forms}"
     return f"give {name}="
+
+
+def _of_library(source: ModelSource) -> bool:
+    return source.file is None and ":" in source.origin
 
 
 def _checked_factory(

@@ -13,6 +13,7 @@ from typing import Any
 
 from gpusq_compile.errors import InputError, Location, relative_to_cwd
 
+OURS = Path(__file__).resolve().parent
 MOST_LINES = 12
 """Most lines of a user's error message that are shown."""
 
@@ -28,9 +29,9 @@ def described(value: object) -> str:
 
 
 def defined_at(function: Callable[..., Any]) -> Location | None:
-    """Where a function is written; None for what is not Python."""
+    """Where a function is written; None for what is not Python, or this package's own."""
     code = getattr(inspect.unwrap(function), "__code__", None)
-    if code is None:
+    if code is None or OURS in Path(code.co_filename).resolve().parents:
         return None
     return Location(relative_to_cwd(Path(code.co_filename)), code.co_firstlineno)
 
@@ -87,13 +88,12 @@ def is_users(file: Path) -> bool:
     """
     if file.name.startswith("<"):
         return False
-    ours = Path(__file__).resolve().parent
     stdlib = Path(sysconfig.get_path("stdlib")).resolve()
     resolved = file.resolve()
     return (
         not {"site-packages", "dist-packages"} & set(resolved.parts)
-        and not any(folder in resolved.parents for folder in (ours, stdlib))
-        and ours not in file.parents
+        and not any(folder in resolved.parents for folder in (OURS, stdlib))
+        and OURS not in file.parents
     )
 
 

@@ -94,6 +94,31 @@ class TestTargets:
         _, targets = one_batch(given(edited(tmp_path, change), model_for("detection")))
         assert [len(target["boxes"]) for target in targets] == [0, 1, 2, 1]
 
+    def test_of_a_box_that_reaches_over_the_border_the_rest_is_left(self, tmp_path: Path) -> None:
+        def change(content: dict[str, Any]) -> None:
+            content["annotations"][0]["bbox"] = [WIDTH - 20, -10, 200, 50]
+
+        model = model_for("detection", listed=True, classes=Classes(3, first=1))
+        _, targets = one_batch(given(edited(tmp_path, change), model))
+        assert torch.allclose(targets[1]["boxes"], torch.tensor([[70.0, 0.0, 80.0, 20.0]]))
+
+    def test_outlines_of_one_file_may_be_polygons_and_runs(self, tmp_path: Path) -> None:
+        def change(content: dict[str, Any]) -> None:
+            before, inside = 20 * HEIGHT, 30 * HEIGHT
+            counts = [before, inside, WIDTH * HEIGHT - before - inside]
+            content["annotations"][0]["segmentation"] = {"size": [HEIGHT, WIDTH], "counts": counts}
+
+        _, labels = one_batch(given(edited(tmp_path, change), model_for("segmentation")))
+        assert (labels[1] == 0).nonzero()[:, 1].unique().tolist() == list(range(10, 25))
+
+    def test_images_without_sizes_in_the_file_are_read_by_their_own(self, tmp_path: Path) -> None:
+        def change(content: dict[str, Any]) -> None:
+            for image in content["images"]:
+                del image["width"], image["height"]
+
+        _, labels = one_batch(given(edited(tmp_path, change), model_for("segmentation")))
+        assert int((labels[1] == 0).sum()) == 20 * 15
+
     def test_features_need_no_targets(self, tmp_path: Path) -> None:
         batch = one_batch(given(make_coco(tmp_path), model_for("features", classes=None)))
         assert batch.shape == (4, 3, 60, 80)
@@ -128,6 +153,19 @@ class TestLayouts:
         assert source.eval_data is not None
         assert source.notes[-1][0] != "no-evaluation-images"
 
+    def test_a_split_for_the_evaluation_alone_calibrates_and_says_so(self, tmp_path: Path) -> None:
+        source = given(make_coco(tmp_path, ("val2017",)), model_for("detection"))
+        assert source.train_data is None
+        assert source.calibration_data is not None
+        assert source.eval_data is not None
+        assert "calibrated-on-evaluation" in dict(source.notes)
+        assert "instances_train*.json" in source.data_forms
+
+    def test_of_two_files_of_one_split_the_other_is_named(self, tmp_path: Path) -> None:
+        source = given(make_coco(tmp_path, ("train2014", "train2017")), model_for("detection"))
+        text = dict(source.notes)["files-left-out"]
+        assert text.endswith("instances_train2014.json is read, and not instances_train2017.json")
+
     def test_the_simple_layout_has_nothing_to_evaluate_on_and_says_so(self, tmp_path: Path) -> None:
         source = given(make_coco(tmp_path, ()), model_for("detection"))
         assert source.train_data is not None
@@ -140,6 +178,12 @@ class TestFaults:
         error = refused(tmp_path)
         assert error.code == "data-not-coco"
         assert "instances_train*.json" in str(error.hint)
+
+    def test_annotations_of_another_name_are_said_to_be_there(self, tmp_path: Path) -> None:
+        (tmp_path / "train").mkdir()
+        (tmp_path / "train" / "_annotations.coco.json").write_text("{}")
+        error = refused(tmp_path)
+        assert error.message.endswith("but train/_annotations.coco.json")
 
     def test_annotations_without_their_images_are_refused(self, tmp_path: Path) -> None:
         make_coco(tmp_path, ("train2017",))
@@ -167,7 +211,8 @@ class TestFaults:
         (tmp_path / "annotations.json").write_text('{"images": [}')
         error = refused(tmp_path)
         assert error.code == "data-not-coco"
-        assert "annotations.json:1:13: no JSON" in error.message
+        assert str(error.location).endswith("annotations.json:1:13")
+        assert error.message.startswith("no JSON: ")
 
     @pytest.mark.parametrize(
         ("change", "part"),
@@ -175,8 +220,11 @@ class TestFaults:
             (lambda c: c.pop("categories"), "has no categories"),
             (lambda c: c["annotations"].clear(), "has no annotations"),
             (lambda c: c["annotations"][0].update(category_id=4), "category_id 4"),
-            (lambda c: c["annotations"][0].pop("bbox"), "annotation 1 with the bbox None"),
-            (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), "with the bbox [1, 2, 3]"),
+            (lambda c: c["annotations"][0].pop("bbox"), "annotation 1 has no bbox"),
+            (
+                lambda c: c["annotations"][0].update(bbox=[1, 2, 3]),
+                "annotation 1 has the bbox [1, 2, 3]",
+            ),
             (lambda c: c["annotations"][0].update(bbox=[1, "x", 3, 4]), "[1, 'x', 3, 4]"),
             (lambda c: c["annotations"][0].update(image_id=77), "image_id 77"),
         ],
@@ -191,49 +239,53 @@ class TestFaults:
     @pytest.mark.parametrize(
         ("change", "keys", "part"),
         [
-            (lambda c: c["images"][2].pop("id"), ("images", 2), "no id in images[2]"),
-            (lambda c: c["images"][2].update(id="7"), ("images", 2, "id"), "the id '7' in"),
+            (lambda c: c["images"][2].pop("id"), ("images", 2), "images[2] has no id"),
+            (
+                lambda c: c["images"][2].update(id="7"),
+                ("images", 2, "id"),
+                "images[2] has the id '7'",
+            ),
             (
                 lambda c: c["images"][2].update(id=1),
                 ("images", 2, "id"),
-                "has the id 1 in images[0] and in images[2]",
+                "images[2] has the id 1, which images[0] has too",
             ),
             (
                 lambda c: c["annotations"][3].update(id=1),
                 ("annotations", 3, "id"),
-                "has the id 1 in annotations[0] and in annotations[3]",
+                "annotations[3] has the id 1, which annotations[0] has too",
             ),
             (
                 lambda c: c["categories"][1].update(id=7),
                 ("categories", 1, "id"),
-                "each category needs one of its own",
+                "categories[1] has the id 7, which categories[0] has too",
             ),
-            (lambda c: c["categories"].append(3), ("categories", 2), "has 3 among the categories"),
+            (lambda c: c["categories"].append(3), ("categories", 2), "categories[2] is 3"),
             (
                 lambda c: c["images"][1].update(file_name=None),
                 ("images", 1, "file_name"),
-                "has the file_name None for image 2",
+                "image 2 has the file_name None",
             ),
-            (lambda c: c["images"][1].pop("file_name"), ("images", 1), "has no file_name for"),
+            (lambda c: c["images"][1].pop("file_name"), ("images", 1), "image 2 has no file_name"),
             (
                 lambda c: c["images"][1].update(width="wide"),
                 ("images", 1, "width"),
-                "has the width 'wide' for image 2",
+                "image 2 has the width 'wide'",
             ),
             (
                 lambda c: c["annotations"][2].update(image_id=[1]),
                 ("annotations", 2, "image_id"),
-                "has annotation 3 of image_id [1]",
+                "annotation 3 has the image_id [1]",
             ),
             (
                 lambda c: c["annotations"][2].update(bbox=[10, 10, -4, 5]),
                 ("annotations", 2, "bbox"),
-                "with the bbox [10, 10, -4, 5], of a negative size",
+                "has the bbox [10, 10, -4, 5], expected",
             ),
             (
                 lambda c: c["annotations"][2].update(bbox=[WIDTH, 10, 4, 5]),
                 ("annotations", 2, "bbox"),
-                f"outside of its image of {WIDTH} x {HEIGHT}",
+                f"within its image of {WIDTH}x{HEIGHT}",
             ),
         ],
     )
@@ -267,8 +319,8 @@ class TestFaults:
 
         source = given(edited(tmp_path, change), model_for("detection"))
         text = dict(source.notes)["boxes-cut"]
-        assert text.startswith("1 of the 6 boxes of ")
-        assert text.endswith("the first of them annotation 1")
+        assert text.startswith("1 of 6 boxes of ")
+        assert f"annotation 1 with the bbox [{WIDTH - 10}, 10, 30, 10] in 1.jpg" in text
         _, targets = one_batch(source)
         centre, _, width, _ = targets[1]["boxes"][0].tolist()
         assert centre + width / 2 == pytest.approx(1.0)
@@ -280,9 +332,10 @@ class TestFaults:
             content["annotations"][-2]["bbox"][2] = 0
 
         source = given(edited(tmp_path, change), model_for("detection"))
-        text = dict(source.facts)["objects-left-out"]
-        assert text.startswith("of the 6 annotations of ")
-        assert text.endswith("1 of crowds and 1 without an area are left out")
+        assert dict(source.facts)["crowds-left-out"].startswith("1 of 6 annotations of ")
+        text = dict(source.notes)["objects-left-out"]
+        assert text.startswith("1 of 6 boxes of ")
+        assert "annotation 5 with the bbox [40, 30, 0, 30] in 3.jpg" in text
 
     def test_crowds_alone_are_nothing_to_train_a_detector_on(self, tmp_path: Path) -> None:
         def change(content: dict[str, Any]) -> None:
@@ -291,10 +344,7 @@ class TestFaults:
 
         error = refused(edited(tmp_path, change))
         assert error.code == "no-objects"
-        assert (
-            "has no annotation to train a detector on: 6 of crowds and 0 without an area"
-            in error.message
-        )
+        assert "of 6 annotations 6 are crowds, and 0 have no area" in error.message
         labels = one_batch(given(tmp_path, model_for("segmentation")))[1]
         assert bool((labels[1] != 255).any()), "they cover pixels all the same"
 
@@ -302,8 +352,8 @@ class TestFaults:
         folder = edited(tmp_path, lambda c: c["images"][1].update(width=320, height=240))
         error = refused(folder)
         assert error.code == "image-size-differs"
-        assert f"images/1.jpg is {WIDTH} x {HEIGHT} pixels" in error.message
-        assert "say 320 x 240 of image 2" in error.message
+        assert f"images/1.jpg is {WIDTH}x{HEIGHT}, and" in error.message
+        assert "says 320x240" in error.message
 
     def test_a_mask_of_another_size_than_its_image_is_named(self, tmp_path: Path) -> None:
         def change(content: dict[str, Any]) -> None:
@@ -311,7 +361,10 @@ class TestFaults:
 
         error = refused(edited(tmp_path, change), model_for("segmentation"))
         assert error.code == "data-not-coco"
-        assert "annotation 1 has a segmentation of 80 x 60 pixels for an image of" in error.message
+        assert (
+            "annotation 1 has a segmentation that cannot be read: it is of an image of 80x60"
+            in (error.message)
+        )
 
     def test_a_box_without_an_outline_cannot_train_a_segmentation(self, tmp_path: Path) -> None:
         folder = edited(tmp_path, lambda c: c["annotations"][0].pop("segmentation"))

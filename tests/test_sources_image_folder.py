@@ -10,14 +10,18 @@ import pytest
 import torch
 from PIL import Image
 
+from gpusq_compile.data import check_data, require_train_data
 from gpusq_compile.errors import InputError
 from gpusq_compile.model_source import ModelSource
+from gpusq_compile.sources.class_folders import read_classes
 from gpusq_compile.sources.classes import match_classes
 from gpusq_compile.sources.data_spec import give_data
+from gpusq_compile.sources.images import open_image
 from gpusq_compile.sources.model import Classes, Images, LibraryModel
 from tests.photos import NAMES, crops, make_image_folder, save_16_bit
 
-pytest.importorskip("torchvision")
+ImageFolder = pytest.importorskip("torchvision.datasets").ImageFolder
+pil_loader = pytest.importorskip("torchvision.datasets.folder").pil_loader
 
 
 def given(folder: Path, classes: Classes | None = None, size: int = 32) -> ModelSource:
@@ -79,6 +83,10 @@ class TestSplits:
         assert sorted(labels_of(source.train_data)) == [0] * 6 + [1] * 6
         assert source.eval_data is None
         assert "has no val/ folder" in dict(source.notes)["no-evaluation-images"]
+        with pytest.raises(InputError) as caught:
+            check_data(source, finetune=False, labelled=True)
+        assert caught.value.code == "no-labelled-eval-data"
+        assert caught.value.hint == "give --data imagefolder:DIR with val/ beside train/"
 
     def test_a_val_folder_alone_calibrates_and_evaluates(self, tmp_path: Path) -> None:
         make_image_folder(tmp_path / "val", {"a": 2, "b": 2})
@@ -86,6 +94,16 @@ class TestSplits:
         assert source.train_data is None
         assert source.calibration_data is not None
         assert labels_of(source.eval_data) == [0, 0, 1, 1]
+        with pytest.raises(InputError) as caught:
+            require_train_data(source, "sparse")
+        hint = "give --data imagefolder:DIR with train/ beside val/, or compile without it"
+        assert str(caught.value.hint).startswith(hint)
+
+    def test_mistyped_names_of_a_split_are_said(self, tmp_path: Path) -> None:
+        for folder in ("trian", "vaal"):
+            make_image_folder(tmp_path / folder, {"a": 2, "b": 2})
+        text = dict(given(tmp_path).notes)["classes-nested"]
+        assert "its classes are trian, vaal, and not a, b" in text
 
     def test_a_class_of_val_that_train_has_not_is_an_error(self, tmp_path: Path) -> None:
         make_image_folder(tmp_path / "train", {"a": 2})
@@ -93,6 +111,11 @@ class TestSplits:
         error = refused(tmp_path)
         assert error.code == "unknown-class"
         assert "has the class 'b'" in error.message
+
+    def test_a_mistyped_class_of_val_is_guessed(self, tmp_path: Path) -> None:
+        make_image_folder(tmp_path / "train", {"temple": 2})
+        make_image_folder(tmp_path / "val", {"tempel": 2})
+        assert refused(tmp_path).hint == "did you mean 'temple'?"
 
     @pytest.mark.parametrize(("train", "val"), [("Train", "Val"), ("TRAINING", "Validation")])
     def test_capitals_do_not_make_a_split_a_class(
@@ -106,7 +129,11 @@ class TestSplits:
 
     @pytest.mark.parametrize(
         ("other", "end"),
-        [("vall", "vall is not read; did you mean val/?"), ("zebra", "zebra is not read")],
+        [
+            ("vall", "not vall/; did you mean vall/ to be val/?"),
+            ("eval", "not eval/; did you mean eval/ to be val/?"),
+            ("zebra", "train/ is read, and not zebra/"),
+        ],
     )
     def test_a_folder_beside_train_that_is_no_split_is_named(
         self, other: str, end: str, tmp_path: Path
@@ -118,7 +145,7 @@ class TestSplits:
     def test_a_test_folder_beside_val_is_passed_over_and_said(self, tmp_path: Path) -> None:
         for folder in ("train", "val", "test"):
             make_image_folder(tmp_path / folder, {"a": 2})
-        assert dict(given(tmp_path).notes)["folders-left-out"].endswith("test is not read")
+        assert dict(given(tmp_path).notes)["folders-left-out"].endswith("and not test/")
 
     def test_calibrating_on_what_is_evaluated_is_said(self, tmp_path: Path) -> None:
         make_image_folder(tmp_path / "val", {"a": 2, "b": 2})
@@ -147,7 +174,9 @@ class TestClasses:
     def test_unknown_names_are_counted_in_order_with_a_warning(self, tmp_path: Path) -> None:
         source = given(make_image_folder(tmp_path))
         assert set(labels_of(source.eval_data)) == {0, 1}
-        assert "classes-not-matched" in codes(source)
+        text = dict(source.notes)["classes-not-matched"]
+        assert "in order" in text
+        assert "so accuracy means nothing unless" in text
 
     def test_as_many_unnamed_classes_as_outputs_are_no_warning(self, tmp_path: Path) -> None:
         source = given(make_image_folder(tmp_path), Classes(2))
@@ -217,6 +246,7 @@ class TestImageFiles:
     def test_hidden_folders_and_other_files_are_no_classes(self, tmp_path: Path) -> None:
         make_image_folder(tmp_path)
         (tmp_path / ".cache").mkdir()
+        (tmp_path / "__MACOSX").mkdir()
         (tmp_path / "readme.txt").write_text("photos")
         (tmp_path / NAMES[0] / "notes.txt").write_text("notes")
         source = given(tmp_path)
@@ -228,8 +258,8 @@ class TestImageFiles:
             (tmp_path / name).write_bytes(b"GIF")
         source = given(tmp_path)
         text = dict(source.notes)["files-left-out"]
-        assert text.startswith("4 files of ")
-        assert ".gif 1, .heic 2, without an ending 1; read are .jpg, " in text
+        assert "2 files .heic, 1 file .gif and 1 file without extension are not read" in text
+        assert f"the first {tmp_path}/a/1.gif; images are .jpg, " in text
         assert sorted(labels_of(source.train_data)) == [0, 0, 1]
 
     def test_links_that_lead_back_give_no_image_twice(self, tmp_path: Path) -> None:
@@ -238,14 +268,75 @@ class TestImageFiles:
         (tmp_path / "photos" / "c").symlink_to(tmp_path / "photos" / "b")
         source = given(tmp_path / "photos")
         assert sorted(labels_of(source.calibration_data)) == [0, 0, 0, 1, 1, 2, 2]
+        text = dict(source.notes)["folders-left-out"]
+        assert "photos/a/again is a link to a folder whose images are read already" in text
 
-    def test_thirty_two_bits_are_refused_and_not_clipped(self, tmp_path: Path) -> None:
+    def test_several_links_that_lead_back_are_an_error(self, tmp_path: Path) -> None:
+        """Following them would take for ever."""
+        make_image_folder(tmp_path)
+        for name in ("up", "again"):
+            (tmp_path / NAMES[0] / name).symlink_to("..")
+        error = refused(tmp_path)
+        assert error.code == "data-not-an-imagefolder"
+        names = [f"{tmp_path}/{NAMES[0]}/{name}" for name in ("again", "up")]
+        assert error.message.startswith(f"{' and '.join(names)} are links that lead back")
+
+    @pytest.mark.parametrize(
+        ("pixels", "found"),
+        [
+            (np.linspace(0, 65535, 64, dtype=np.int32), "32 bits from 0 to 65535"),
+            (np.linspace(-5, 5, 64, dtype=np.int32), "32 bits from -5 to 5"),
+            (np.linspace(0, 1, 64, dtype=np.float32), "floats from 0 to 1"),
+            (np.linspace(0, 4000, 64, dtype=np.float32), "floats from 0 to 4000"),
+        ],
+    )
+    def test_thirty_two_bits_are_refused_and_not_clipped(
+        self, pixels: Any, found: str, tmp_path: Path
+    ) -> None:
         make_image_folder(tmp_path, {"a": 2})
-        values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
-        Image.fromarray(values).save(tmp_path / "a" / "0.tif")
+        Image.fromarray(pixels.reshape(8, 8)).save(tmp_path / "a" / "0.tif")
         error = refused(tmp_path)
         assert error.code == "image-unreadable"
-        assert "0.tif: pixels of 32 bits (mode F), expected 8 or 16" in error.message
+        assert f"0.tif has {found}, expected 8 bits from 0 to 255 or 16 bits" in error.message
+
+    @pytest.mark.parametrize("kind", [np.int32, np.float32])
+    def test_thirty_two_bits_that_eight_hold_are_read(self, kind: Any, tmp_path: Path) -> None:
+        for name, dtype in (("a", np.uint8), ("b", kind)):
+            (tmp_path / name).mkdir()
+            pixels = np.arange(0, 256, 4).reshape(8, 8).astype(dtype)
+            Image.fromarray(pixels).save(tmp_path / name / "1.tif")
+        source = given(tmp_path, Classes(2))
+        assert source.calibration_data is not None
+        ((images, _),) = source.calibration_data()
+        assert torch.equal(images[0], images[1])
+
+    def test_pixels_are_those_of_torchvisions_own_loader(self, tmp_path: Path) -> None:
+        """Orientation and transparency as in the pipelines that the models were trained in."""
+        photo = crops(0, 1)[0]
+        exif = photo.getexif()
+        exif[0x0112] = 6
+        photo.save(tmp_path / "turned.jpg", exif=exif)
+        photo.putalpha(photo.convert("L"))
+        photo.save(tmp_path / "clear.png")
+        photo.convert("RGB").convert("P").save(tmp_path / "palette.png")
+        for path in tmp_path.iterdir():
+            assert open_image(path).tobytes() == pil_loader(path).tobytes()
+
+    def test_images_are_those_of_torchvisions_own_dataset(self, tmp_path: Path) -> None:
+        make_image_folder(tmp_path, {"b": 3, "a": 2})
+        make_image_folder(tmp_path / "a", {"deep": 2})
+        (tmp_path / "b" / "up.PNG").write_bytes(b"")
+        own = ImageFolder(tmp_path)
+        split = read_classes(ModelSource("timm:mine", torch.nn.Identity(), ()), tmp_path, 3)
+        assert split.images.samples == own.samples
+        assert split.names == own.classes == ["a", "b"]
+
+    def test_images_beside_the_classes_are_counted(self, tmp_path: Path) -> None:
+        make_image_folder(tmp_path)
+        (tmp_path / "loose.png").write_bytes(b"")
+        text = dict(given(tmp_path).notes)["files-left-out"]
+        assert "1 file .png is not read" in text
+        assert f"the first {tmp_path}/loose.png" in text
 
     def test_an_orientation_turns_nothing_as_in_training(self, tmp_path: Path) -> None:
         (tmp_path / "a").mkdir()
@@ -284,6 +375,12 @@ class TestOtherFolders:
         error = refused(tmp_path)
         assert error.code == "data-not-an-imagefolder"
         assert "/empty has no image" in error.message
+
+    def test_what_a_class_has_instead_of_images_is_said(self, tmp_path: Path) -> None:
+        make_image_folder(tmp_path)
+        (tmp_path / "heic").mkdir()
+        (tmp_path / "heic" / "1.heic").write_bytes(b"")
+        assert refused(tmp_path).message.endswith(".webp), but 1 file .heic")
 
     def test_images_without_class_folders_are_counted(self, tmp_path: Path) -> None:
         for index, photo in enumerate(crops(0, 3)):

@@ -19,6 +19,8 @@ from gpusq_compile.data import Batch, batches, check_data, require_train_data
 from gpusq_compile.errors import InputError
 from gpusq_compile.finetune.taps import features_of, listen, taps_of
 from gpusq_compile.finetune.user_loss import UserLoss, has_logits, user_loss
+from gpusq_compile.sources.losses import torchvision_detection_loss
+from gpusq_compile.user_code import call_user
 from tests.compilations import LINEARS, TAPS, begin, make_rules, run_until
 from tests.detectors import (
     TinySegmenter,
@@ -325,6 +327,14 @@ def test_a_loss_that_never_calls_the_graph_is_an_error(classifier: Compilation) 
     with pytest.raises(InputError, match="never calls the model") as caught:
         call(classifier, lambda model, batch: torch.zeros((), requires_grad=True))
     assert caught.value.code == "loss-without-model"
+
+
+def test_a_failure_in_a_librarys_loss_is_at_no_line_of_this_package() -> None:
+    """The file of the loss is not the person's."""
+    with pytest.raises(InputError) as caught:
+        call_user(torchvision_detection_loss, None, "loss()", nn.Linear(1, 1), (PICTURES, []))
+    assert caught.value.message.startswith("loss() raised TypeError: ")
+    assert caught.value.location is None
 
 
 def test_an_attribute_that_the_graph_lacks_points_to_scope(classifier: Compilation) -> None:

@@ -58,9 +58,11 @@ def match_classes(
     text = f"the {len(found)} classes of {what} are matched to {origin}'s {room} {how}"
     # Folders are called by numbers on purpose; categories have ids whether or not they are meant.
     if classes.names and (how == "in order" or (how == "by number" and numbered)):
-        text += "; by their names none is the model's"
+        text += "; by their names none is the model's, so accuracy means nothing unless it was "
+        text += "trained on them so numbered"
     elif how == "in order" and len(found) < room:
-        text += ", to the first of them"
+        text += ", to the first of them, so accuracy means nothing unless it was trained on them "
+        text += "in this order"
     else:
         source.facts.append(("classes-matched", text))
         return outputs

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,12 +17,21 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from gpusq_compile.errors import InputError, Location, nearest, relative_to_cwd
+from gpusq_compile.errors import InputError, nearest, relative_to_cwd
 from gpusq_compile.model_source import ModelSource
 from gpusq_compile.sources.classes import match_classes
-from gpusq_compile.sources.coco_format import faults, is_cut
+from gpusq_compile.sources.coco_file import (
+    BOX,
+    CODE,
+    check_outlines,
+    count_objects,
+    described,
+    has_area,
+    place_of_image,
+    read_annotations,
+)
 from gpusq_compile.sources.images import open_image, whole_image
-from gpusq_compile.sources.json_files import read_json
+from gpusq_compile.sources.json_files import JsonFile
 from gpusq_compile.sources.model import LibraryModel
 from gpusq_compile.sources.require import require
 
@@ -43,27 +51,19 @@ def coco(source: ModelSource, model: LibraryModel, root: Path) -> None:
         InputError: the folder has another form, a file is missing or damaged, or the categories
             are not the model's.
     """
-    train = _find(root, "train")
-    held_out = _find(root, "val")
+    train = _find(source, root, "train")
+    held_out = _find(source, root, "val")
     simple = root / "annotations.json"
     if train is None and held_out is None and simple.is_file():
         train = (simple, _images(root, simple, [root / "images", root]))
-    if train is None and held_out is None:
-        raise InputError(
-            "data-not-coco",
-            f"{relative_to_cwd(root)} has no annotations/instances_train*.json and no "
-            "annotations.json",
-            hint=FORM,
-        )
+    known = train or held_out
+    if known is None:
+        raise _no_annotations(root)
     batch = model.images.batch_size(BATCH)
-    chosen = train or held_out
-    assert chosen is not None
-    first = _open(*chosen)
-    if model.task == "detection":
-        _tell_objects(source, first, chosen[0], train=train is not None)
+    first = _open(source, model, *known)
     outputs = _outputs(source, model, first)
     gather = _gather(model)
-    samples = Samples(first, model, outputs)
+    samples = Samples(first, model, outputs, known[0])
     source.calibration_data = partial(DataLoader, samples, batch_size=batch, collate_fn=gather)
     if train is not None:
         source.train_data = partial(
@@ -72,20 +72,45 @@ def coco(source: ModelSource, model: LibraryModel, root: Path) -> None:
     if held_out is None:
         text = f"{relative_to_cwd(root)} has no instances_val*.json, so nothing is evaluated"
         source.notes.append(("no-evaluation-images", text))
-    else:
-        other = first if train is None else _open(*held_out)
-        again = Samples(other, model, _same_outputs(first, outputs, other))
-        source.eval_data = partial(DataLoader, again, batch_size=batch, collate_fn=gather)
+        source.data_forms = "coco:DIR with annotations/instances_val*.json and val*/"
+        return
+    if train is None:
+        text = (
+            f"{relative_to_cwd(root)} has no instances_train*.json, so scales are calibrated on "
+            "the images that are evaluated, which flatters what is measured"
+        )
+        source.notes.append(("calibrated-on-evaluation", text))
+        source.data_forms = "coco:DIR with annotations/instances_train*.json and train*/"
+    other = first if train is None else _open(source, model, *held_out)
+    again = Samples(other, model, _same_outputs(first, outputs, other), held_out[0])
+    source.eval_data = partial(DataLoader, again, batch_size=batch, collate_fn=gather)
 
 
-def _find(root: Path, split: str) -> tuple[Path, Path] | None:
+def _find(source: ModelSource, root: Path, split: str) -> tuple[Path, Path] | None:
     """The annotations and the folder of images of a split, in COCO's own layout."""
     found = sorted((root / "annotations").glob(f"instances_{split}*.json"))
     if not found:
         return None
+    if others := ", ".join(path.name for path in found[1:]):
+        text = f"of {relative_to_cwd(root)}/annotations {found[0].name} is read, and not {others}"
+        source.notes.append(("files-left-out", text))
     name = found[0].stem.removeprefix("instances_")
     places = [root / name, root / "images" / name, *sorted(root.glob(f"{split}*")), root / "images"]
     return found[0], _images(root, found[0], places)
+
+
+def _no_annotations(root: Path) -> InputError:
+    there = sorted(
+        str(path.relative_to(root))
+        for pattern in ("*.json", "*/*.json")
+        for path in root.glob(pattern)
+    )
+    return InputError(
+        CODE,
+        f"{relative_to_cwd(root)} has no annotations/instances_train*.json and no annotations.json"
+        + (f", but {there[0]}" if there else ""),
+        hint=FORM,
+    )
 
 
 def _images(root: Path, annotations: Path, places: list[Path]) -> Path:
@@ -100,83 +125,48 @@ def _images(root: Path, annotations: Path, places: list[Path]) -> Path:
     )
 
 
-def _open(annotations: Path, images: Path) -> Any:
-    """torchvision's `CocoDetection`, checked for what every image needs."""
+def _open(source: ModelSource, model: LibraryModel, annotations: Path, images: Path) -> Any:
+    """torchvision's `CocoDetection` of annotations that have been checked."""
     datasets = require("torchvision.datasets")
     require("pycocotools.coco")
-    shown = relative_to_cwd(annotations)
-    try:
-        # The library prints how far it is.
-        with contextlib.redirect_stdout(io.StringIO()):
-            dataset = datasets.CocoDetection(str(images), str(annotations))
-    except json.JSONDecodeError as error:
-        raise InputError(
-            "data-not-coco", f"{shown}:{error.lineno}:{error.colno}: no JSON: {error.msg}"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise _not_coco(shown, f"cannot be read: {error}") from None
-    except (KeyError, TypeError, AssertionError, AttributeError) as error:
-        # The library names a key at best.
-        _check_format(annotations, read_json(annotations).content)
-        raise _not_coco(shown, f"cannot be read: {type(error).__name__}: {error}") from None
-    _check_format(annotations, dataset.coco.dataset)
-    for image in dataset.coco.imgs.values():
-        if not (images / image["file_name"]).is_file():
-            raise InputError(
-                "data-missing",
-                f"no image at {relative_to_cwd(images)}/{image['file_name']}, which {shown} names",
-            )
+    file = read_annotations(annotations, images)
+    if model.task == "segmentation" or model.masks:
+        check_outlines(file, model.origin, crowds=model.task == "segmentation")
+    if model.task == "detection":
+        _note_objects(source, file)
+    # Without a file, and given what is in it: the library would read it once more, unchecked.
+    dataset = datasets.CocoDetection(str(images), None)
+    dataset.coco.dataset = file.content
+    # The library prints how far it is.
+    with contextlib.redirect_stdout(io.StringIO()):
+        dataset.coco.createIndex()
+    dataset.ids = sorted(dataset.coco.imgs)
     return dataset
 
 
-def _check_format(annotations: Path, content: Mapping[str, Any]) -> None:
-    """Raise InputError for the first fault of a file's content, at its place."""
-    for keys, text in faults(content):
-        place = read_json(annotations).place(*keys)
-        raise _not_coco(relative_to_cwd(annotations), text, place)
-
-
-def _not_coco(shown: str, found: str, location: Location | None = None) -> InputError:
-    return InputError(
-        "data-not-coco",
-        f"{shown} {found}",
-        location=location,
-        hint="COCO's format has images, annotations (image_id, category_id, bbox) and categories",
-    )
-
-
-def _tell_objects(source: ModelSource, dataset: Any, annotations: Path, *, train: bool) -> None:
-    """Say which annotations a detector does not see as they are.
-
-    Raises:
-        InputError: it would see none.
-    """
-    api, shown = dataset.coco, relative_to_cwd(annotations)
-    entries = list(api.anns.values())
-    crowds = [a for a in entries if a.get("iscrowd")]
-    flat = [a for a in entries if not a.get("iscrowd") and not is_object(a)]
-    cut = [a for a in entries if is_object(a) and is_cut(a["bbox"], api.imgs[a["image_id"]])]
-    left_out = f"{len(crowds)} of crowds and {len(flat)} without an area"
-    if len(crowds) + len(flat) == len(entries) and train:
-        raise InputError(
-            "no-objects",
-            f"{shown} has no annotation to train a detector on: {left_out}",
-            hint="a detector learns from single objects: iscrowd 0, and a box with an area",
-        )
-    if crowds or flat:
-        text = f"of the {len(entries)} annotations of {shown}, {left_out} are left out"
-        source.facts.append(("objects-left-out", text))
-    if cut:
+def _note_objects(source: ModelSource, file: JsonFile) -> None:
+    """Say which objects are left out or cut; one remark for all that are alike."""
+    objects = count_objects(file)
+    count = len(file.content["annotations"])
+    if objects.crowds:
         text = (
-            f"{len(cut)} of the {len(entries)} boxes of {shown} reach beyond their images and are "
-            f"cut, the first of them annotation {cut[0]['id']}"
+            f"{len(objects.crowds)} of {count} annotations of {file.shown} are crowds, which are "
+            "no single objects and are left out"
+        )
+        source.facts.append(("crowds-left-out", text))
+    if objects.flat:
+        text = (
+            f"{len(objects.flat)} of {count} boxes of {file.shown} have no area and are left out; "
+            f"the first is {described(file, objects.flat[0])}"
+        )
+        source.notes.append(("objects-left-out", text))
+    if objects.cut:
+        text = (
+            f"{len(objects.cut)} of {count} boxes of {file.shown} reach beyond their image and are "
+            f"cut off at its border; the first is {described(file, objects.cut[0])}; COCO's boxes "
+            f"are {BOX}, not two corners"
         )
         source.notes.append(("boxes-cut", text))
-
-
-def is_object(annotation: Mapping[str, Any]) -> bool:
-    """Whether it is a single object with an area, which is what a detector is trained on."""
-    return not annotation.get("iscrowd") and min(annotation["bbox"][2:]) > 0
 
 
 def _outputs(source: ModelSource, model: LibraryModel, dataset: Any) -> dict[int, int]:
@@ -212,11 +202,16 @@ def _same_outputs(first: Any, outputs: dict[int, int], other: Any) -> dict[int, 
 
 @dataclass(frozen=True)
 class Samples(Dataset[Any]):
-    """Images in the model's size, each with a target in the form of the model's task."""
+    """Images in the model's size, each with a target in the form of the model's task.
+
+    `dataset` is torchvision's `CocoDetection`, whose own items are not used: it opens every image
+    with three channels, and names none that is damaged. `annotations` is the file it was made of.
+    """
 
     dataset: Any
     model: LibraryModel
     outputs: dict[int, int]
+    annotations: Path
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -224,9 +219,10 @@ class Samples(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         api = self.dataset.coco
         number = self.dataset.ids[index]
-        path = Path(self.dataset.root) / api.loadImgs(number)[0]["file_name"]
+        entry = api.imgs[number]
+        path = Path(self.dataset.root) / entry["file_name"]
         image = open_image(path, self.model.images.channels)
-        self._check_size(api.imgs[number], path, (image.width, image.height))
+        self._check_size(entry, image.size, path)
         annotations = api.loadAnns(api.getAnnIds(number))
         pixels = whole_image(self.model.images)(image)
         size = (image.height, image.width)
@@ -236,26 +232,37 @@ class Samples(Dataset[Any]):
             return pixels, self._objects(annotations, size)
         return pixels, None
 
-    def _check_size(self, entry: Mapping[str, Any], path: Path, size: tuple[int, int]) -> None:
-        """Raise InputError unless the file is of the size that boxes and outlines are given in."""
-        said = entry.get("width", size[0]), entry.get("height", size[1])
-        if said != size:
-            raise InputError(
-                "image-size-differs",
-                f"{relative_to_cwd(path)} is {size[0]} x {size[1]} pixels, but the annotations say "
-                f"{said[0]} x {said[1]} of image {entry['id']}",
-                hint="its boxes would lie elsewhere; pixels count as stored, whatever an EXIF "
-                "orientation says",
-            )
+    def _check_size(self, entry: Any, found: tuple[int, int], path: Path) -> None:
+        """Boxes and outlines of an image of another size would be of other places in it."""
+        said = (entry["width"], entry["height"])
+        if said == found:
+            return
+        turned = said == found[::-1]
+        raise InputError(
+            "image-size-differs",
+            f"{relative_to_cwd(path)} is {found[0]}x{found[1]}, and {self.annotations.name} says "
+            f"{said[0]}x{said[1]}",
+            location=place_of_image(self.annotations, entry["id"]),
+            hint="images are read as their pixels are stored; an EXIF orientation turns none: "
+            "store them turned"
+            if turned
+            else "give the images that were annotated, or correct width and height",
+        )
 
     def _objects(self, annotations: list[Any], size: tuple[int, int]) -> Target:
         """Boxes and classes of an image's single objects; those without an area are left out."""
-        kept = [annotation for annotation in annotations if is_object(annotation)]
-        classes = torch.tensor([self.outputs[a["category_id"]] for a in kept], dtype=torch.int64)
+        images = self.dataset.coco.imgs
+        kept = [
+            annotation
+            for annotation in annotations
+            if not annotation.get("iscrowd")
+            and has_area(annotation["bbox"], images[annotation["image_id"]])
+        ]
         boxes = torch.tensor([a["bbox"] for a in kept], dtype=torch.float32).reshape(-1, 4)
         height, width = size
         boxes = boxes / torch.tensor([width, height, width, height], dtype=torch.float32)
         corners = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1).clamp(0, 1)
+        classes = torch.tensor([self.outputs[a["category_id"]] for a in kept], dtype=torch.int64)
         if not self.model.listed:
             sides = corners[:, 2:] - corners[:, :2]
             return {
@@ -279,26 +286,14 @@ class Samples(Dataset[Any]):
 
     def _mask(self, annotation: Any) -> torch.Tensor:
         """The object's outline in the model's size, uint8 [height, width]."""
-        if not annotation.get("segmentation"):
-            raise InputError(
-                "no-outlines",
-                f"annotation {annotation.get('id')} has a box, but no segmentation",
-                hint=f"{self.model.origin} is trained on objects' outlines",
-            )
         try:
             mask = torch.from_numpy(self.dataset.coco.annToMask(annotation))
         except Exception as error:  # The library raises whatever it stumbles over.
-            raise _not_coco(
-                f"annotation {annotation.get('id')}",
-                f"has a segmentation that cannot be read: {error}",
+            raise InputError(
+                CODE,
+                f"annotation {annotation['id']} of {relative_to_cwd(self.annotations)} has a "
+                f"segmentation that cannot be read: {error}",
             ) from None
-        image = self.dataset.coco.imgs[annotation["image_id"]]
-        if mask.shape != (image["height"], image["width"]):
-            raise _not_coco(
-                f"annotation {annotation['id']}",
-                f"has a segmentation of {mask.shape[1]} x {mask.shape[0]} pixels for an image of "
-                f"{image['width']} x {image['height']}",
-            )
         resized = torch.nn.functional.interpolate(
             mask[None, None].float(), self.model.images.size, mode="nearest-exact"
         )

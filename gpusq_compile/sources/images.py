@@ -16,15 +16,21 @@ MODES = {1: "L", 3: "RGB"}
 """PIL's name of an image of so many channels."""
 
 
-def open_image(path: Path, channels: int = 3) -> Any:
+BYTE = 255.0
+"""The largest value of PIL's modes of 8 bits, at which converting to them clips."""
+
+
+def open_image(path: str | Path, channels: int = 3) -> Any:
     """The PIL image of a file, whatever its own colours are, in the channels that a model takes.
 
-    As torchvision's `pil_loader` reads it, which models are trained with: an EXIF orientation turns
-    nothing, and what is transparent shows the colour that is stored there.
+    As torchvision's `pil_loader`, on whose images the libraries' models were trained: an EXIF
+    orientation turns no image, and transparency is dropped, so that the colours under it show.
+    Unlike it, 16 bits are scaled to 8 and not clipped, and nothing of 32 bits or of floats is
+    read that would be clipped: its range is not in the file.
 
     Raises:
-        InputError: the file is no image, is damaged, or has pixels of 32 bits, whose range nothing
-            tells; PIL itself would not always name it.
+        InputError: the file is no image, is damaged (PIL itself would not always name it), or has
+            values that 8 bits cannot hold.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -36,11 +42,7 @@ def open_image(path: Path, channels: int = 3) -> Any:
                 # Converting would clip its 16 bits at 255.
                 image = image.point(lambda value: value / 256).convert("L")
             elif image.mode in ("I", "F"):
-                raise InputError(
-                    "image-unreadable",
-                    f"{path}: pixels of 32 bits (mode {image.mode}), expected 8 or 16",
-                    hint="which of their values is white is not said: convert the file",
-                )
+                _check_range(path, image)
             return image.convert(MODES[channels])
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         unknown = isinstance(error, UnidentifiedImageError)
@@ -49,6 +51,19 @@ def open_image(path: Path, channels: int = 3) -> Any:
             f"{path}: {'no image of a known kind' if unknown else error}",
             hint="the file is damaged or no image: replace it, or take it out of the data",
         ) from None
+
+
+def _check_range(path: str | Path, image: Any) -> None:
+    low, high = image.getextrema()
+    shares = image.mode == "F" and 0 < high <= 1
+    if low >= 0 and high <= BYTE and not shares:
+        return
+    raise InputError(
+        "image-unreadable",
+        f"{path} has {'floats' if image.mode == 'F' else '32 bits'} from {low:g} to {high:g}, "
+        "expected 8 bits from 0 to 255 or 16 bits",
+        hint="which value is white is not in the file: convert the images to 8 or 16 bits",
+    )
 
 
 def whole_image(images: Images) -> Callable[[Any], Any]:

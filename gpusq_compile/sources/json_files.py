@@ -22,17 +22,19 @@ class JsonFile:
     content: dict[str, Any]
 
     def place(self, *keys: str | int) -> Location:
-        """Where the value of a key or index, of one in it, and so on begins; the file where it is
-        not."""
+        """Where the value of a key, of a key in it, and so on begins; the file where it is not.
+
+        A number is the index of an item in a list.
+        """
         position: int | None = _after_space(self.text, 0)
         for key in keys:
-            opened = "{" if isinstance(key, str) else "["
-            if position is None or self.text[position : position + 1] != opened:
+            opening = "[" if isinstance(key, int) else "{"
+            if position is None or self.text[position : position + 1] != opening:
                 return Location(self.shown)
             position = (
-                _value_of(self.text, position, key)
-                if isinstance(key, str)
-                else _item_of(self.text, position, key)
+                _item_of(self.text, position, key)
+                if isinstance(key, int)
+                else _value_of(self.text, position, key)
             )
         if position is None or not keys:
             return Location(self.shown)
@@ -40,7 +42,15 @@ class JsonFile:
 
 
 def read_json(path: Path) -> JsonFile:
+    """Read a model's file that holds one JSON object; raises InputError as `read_object`."""
+    return read_object(path, "config-not-json")
+
+
+def read_object(path: Path, code: str) -> JsonFile:
     """Read a file that holds one JSON object.
+
+    Args:
+        code: that of the error.
 
     Raises:
         InputError: it cannot be read, is not JSON, or holds something else.
@@ -51,14 +61,14 @@ def read_json(path: Path) -> JsonFile:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         place = Location(shown, error.lineno, error.colno)
-        raise InputError("config-not-json", error.msg, location=place) from None
+        raise InputError(code, f"no JSON: {error.msg}", location=place) from None
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError("config-not-json", f"{shown} cannot be read: {reason}") from None
+        raise InputError(code, f"{shown} cannot be read: {reason}") from None
     except RecursionError:
-        raise InputError("config-not-json", f"{shown} is nested too deeply") from None
+        raise InputError(code, f"{shown} is nested too deeply") from None
     if not isinstance(content, dict):
-        raise InputError("config-not-json", f"{shown} is no JSON object")
+        raise InputError(code, f"{shown} is no JSON object")
     return JsonFile(shown, text, content)
 
 
@@ -86,11 +96,11 @@ def _value_of(text: str, position: int, wanted: str) -> int | None:
     return found
 
 
-def _item_of(text: str, position: int, wanted: int) -> int | None:
-    """Where an item begins, in the array that begins at `position`."""
+def _item_of(text: str, position: int, index: int) -> int | None:
+    """Where an item begins, in the list that begins at `position`."""
     decoder = json.JSONDecoder()
     position = _after_space(text, position + 1)
-    for _ in range(wanted):
+    for _ in range(index):
         if text[position] == "]":
             return None
         _, position = decoder.raw_decode(text, position)
