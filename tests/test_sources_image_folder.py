@@ -235,6 +235,28 @@ class TestImageFiles:
         assert error.code == "image-unreadable"
         assert error.message.startswith(f"{tmp_path}/a/0.jpg: ")
 
+    @pytest.mark.parametrize("header", [b"P5 2 1 65535\n", b"P5 2 1 1023\n"])
+    def test_sixteen_bits_of_a_pgm_are_scaled(self, header: bytes, tmp_path: Path) -> None:
+        path = tmp_path / "grey.pgm"
+        white = int(header.split()[-1])
+        path.write_bytes(header + white.to_bytes(2, "big") + (white // 2).to_bytes(2, "big"))
+        assert np.asarray(open_image(path, 1)).tolist() == [[255, 127]]
+
+    @pytest.mark.parametrize("order", ["<u2", ">u2"])
+    def test_sixteen_bits_of_a_tif_are_scaled_in_either_order(
+        self, order: str, tmp_path: Path
+    ) -> None:
+        path = tmp_path / "grey.tif"
+        Image.fromarray(np.array([[65535, 32768]], dtype=order)).save(path)
+        assert np.asarray(open_image(path, 1)).tolist() == [[255, 128]]
+
+    def test_a_link_to_nothing_is_not_called_damaged(self, tmp_path: Path) -> None:
+        make_image_folder(tmp_path, {"a": 2})
+        (tmp_path / "a" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+        error = refused(tmp_path)
+        assert error.code == "file-unreadable"
+        assert "gone.png cannot be read: No such file" in error.message
+
     def test_a_truncated_photo_is_named(self, tmp_path: Path) -> None:
         make_image_folder(tmp_path, {"a": 2})
         photo = tmp_path / "a" / "1.jpg"

@@ -10,6 +10,7 @@ import torch
 
 from gpusq_compile.errors import InputError
 from gpusq_compile.sources.model import Images
+from gpusq_compile.sources.paths import unreadable
 from gpusq_compile.sources.require import require
 
 MODES = {1: "L", 3: "RGB"}
@@ -29,22 +30,26 @@ def open_image(path: str | Path, channels: int = 3) -> Any:
     read that would be clipped: its range is not in the file.
 
     Raises:
-        InputError: the file is no image, is damaged (PIL itself would not always name it), or has
-            values that 8 bits cannot hold.
+        InputError: the file cannot be read, is no image, is damaged (PIL itself would not always
+            name it), or has values that 8 bits cannot hold.
     """
     from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(path) as file:
             image: Image.Image = file
-            # Some versions of Pillow give 16 bits of a PNG as 32.
-            if image.mode.startswith("I;16") or (image.mode == "I" and file.format == "PNG"):
-                # Converting would clip its 16 bits at 255.
-                image = image.point(lambda value: value / 256).convert("L")
+            # Pillow gives 16 bits of a PGM, and some versions of it those of a PNG, as 32.
+            wide = image.mode == "I" and file.format in ("PNG", "PPM")
+            if image.mode.startswith("I;16") or wide:
+                # Converting would clip its 16 bits at 255; Pillow scales those of 32 bits alone
+                # in either order of bytes.
+                image = image.convert("I").point(lambda value: value / 256).convert("L")
             elif image.mode in ("I", "F"):
                 _check_range(path, image)
             return image.convert(MODES[channels])
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise unreadable(Path(path), error) from None
         unknown = isinstance(error, UnidentifiedImageError)
         raise InputError(
             "image-unreadable",
