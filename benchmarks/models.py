@@ -285,8 +285,10 @@ def write_readme(results: dict[str, Any], path: Path) -> None:
     families: dict[str, list[str]] = {}
     for row in FAMILIES:
         families.setdefault(row.family, []).append(row.name)
-    before, _, rest = path.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
+    before, begun, rest = path.read_text().partition(BEGIN)
+    _, ended, after = rest.partition(END)
+    if not begun or not ended:
+        sys.exit(f"{path} has no place for the table, between {BEGIN} and {END}")
     path.write_text(f"{before}{BEGIN}\n{brief(results, families)}\n{END}{after}")
 
 

@@ -166,12 +166,6 @@ def check_values(options: dict[str, Any]) -> None:
             raise InputError("empty-option", f"--{name} was given an empty value")
     if options["quiet"] and options["verbose"]:
         raise InputError("options-conflict", "--quiet and --verbose exclude each other")
-    if options["dry_run"] and options["dump_after"]:
-        raise InputError(
-            "options-conflict",
-            "--dump-after writes files, and --dry-run writes none",
-            hint="leave out --dry-run; --no-finetune --engine none is nearly as fast",
-        )
 
 
 def compile_command(options: dict[str, Any], console: Console, stdout: TextIO) -> None:

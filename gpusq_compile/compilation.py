@@ -57,10 +57,10 @@ class Compilation:
 
     `graph` is the IR, `dense_teacher` the frozen dense model from pruning on, and
     `sparse_teacher` the frozen sparse one from quantization on, as long as a later pass learns
-    from them. `probe` are the (args, kwargs) that every numerical check runs on,
-    and `reference` the outputs before the current pass. `expected` are the fake-quantized graph's
-    outputs, which the final file must reproduce, and `onnx_places` the lines that the ONNX file's
-    nodes come from, by name. `facts` are what passes so far ensure.
+    from them. `probe` are the (args, kwargs) that every numerical check runs on, of
+    `probe_samples` samples, and `reference` the outputs before the current pass. `expected` are
+    the fake-quantized graph's outputs, which the final file must reproduce, and `onnx_places` the
+    lines that the ONNX file's nodes come from, by name. `facts` are what passes so far ensure.
     `tied` has for each further name of a parameter the first, which the graph reads it by.
     `accuracy` is top-1, in [0, 1], and `metrics` what the user's `metrics` gave, by stage.
     `observer` looks at the models for the page, None where there will be none.
@@ -79,6 +79,7 @@ class Compilation:
     graph: torch.fx.GraphModule | None = None
     convention: CallConvention | None = None
     probe: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+    probe_samples: int = 1
     reference: list[torch.Tensor] = field(default_factory=list)
     facts: set[str] = field(default_factory=set)
     records: list[PassRecord] = field(default_factory=list)

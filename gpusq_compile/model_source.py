@@ -99,6 +99,13 @@ def check_source(source: ModelSource) -> None:
                 location=source.place("model"),
                 hint="load the weights before model() returns",
             )
+        if tensor.is_inference():
+            raise InputError(
+                "weights-inference",
+                f"{name} was made under torch.inference_mode(), which forbids to change it later",
+                location=source.place("model"),
+                hint="make or load the model under torch.no_grad(), or outside of both",
+            )
         if not tensor.is_floating_point():
             continue
         if name in parameters and tensor.dtype != torch.float32:

@@ -106,6 +106,12 @@ def check_options(options: Options, passes: Sequence[str]) -> None:
                 f"nothing to emit is called '{name}'",
                 hint=did_you_mean(name, EMITTED),
             )
+    if options.dump_after and options.dry_run:
+        raise InputError(
+            "options-conflict",
+            "--dump-after writes files, and --dry-run writes none",
+            hint="leave out --dry-run; --no-finetune --engine none is nearly as fast",
+        )
     if options.emit and options.dry_run:
         raise InputError(
             "options-conflict", f"--emit {options.emit[0]} writes files, and --dry-run writes none"

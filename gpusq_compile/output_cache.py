@@ -12,10 +12,15 @@ MOST_BYTES = 64 << 20
 """Inputs and outputs that are kept; beyond, a batch is run again: maps of many classes are."""
 
 
+MOST_BATCHES = 8
+"""Batches that are kept: those that come again are the first ones."""
+
+
 class Cached(nn.Module):
     """A module that is run once on each of a few small batches, which are found by their values.
 
-    The module must stay as it is, and leave its inputs alone, as graphs do. Whoever calls it may
+    The module must stay as it is, leave its inputs alone and depend on tensors only, as graphs do.
+    Whoever calls it may
     write into what goes in and out.
     """
 
@@ -37,7 +42,7 @@ class Cached(nn.Module):
     def keep(self, inputs: list[torch.Tensor], outputs: Any) -> None:
         """Answer the flat `inputs` by `outputs` from now on, if they are small."""
         size = sum(tensor.nbytes for tensor in [*inputs, *_tensors(outputs)])
-        if self._bytes + size <= MOST_BYTES:
+        if len(self._kept) < MOST_BATCHES and self._bytes + size <= MOST_BYTES:
             self._kept.append((_copy(inputs), _copy(outputs)))
             self._bytes += size
 

@@ -8,6 +8,7 @@ D of the matrix, summed over outputs and rows, is the trace of `D @ moments @ D.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from gpusq_compile.compilation import Compilation
 from gpusq_compile.data import batches, require_calibration_data
 from gpusq_compile.errors import InputError
 from gpusq_compile.graph.liveness import live_bytes
-from gpusq_compile.graph.query import op_of, traced_batch
+from gpusq_compile.graph.query import op_of
 from gpusq_compile.graph.walk import Call, Walk
 from gpusq_compile.plan import planned
 from gpusq_compile.remarks import Remark, missed
@@ -35,6 +36,9 @@ ROWS_AT_ONCE = 2048
 MOST_BYTES = 1 << 30
 """What the values of all samples may take that are held at one layer: of more samples, or of larger
 ones, fewer are looked at. Each large image has many rows."""
+
+LEAST_SAMPLES = 2
+"""As many as a graph with a dynamic batch is traced with."""
 
 MOST_ROWS = 1 << 16
 """Rows of a linear's input that second moments are computed from; of more, every n-th is taken."""
@@ -183,10 +187,11 @@ def _energy(matrix: torch.Tensor, moments: torch.Tensor) -> float:
     return max(total, 0.0)
 
 
-def bytes_of_a_sample(graph: torch.fx.Graph) -> float:
+def bytes_of_a_sample(compilation: Compilation) -> float:
     """What one sample's values take where most are held: at one of the layers to be compressed."""
+    graph = compilation.ir.graph
     places = [node for node, _ in planned(graph)]
-    return live_bytes(graph, places) / traced_batch(graph)
+    return live_bytes(graph, places) / compilation.probe_samples
 
 
 def looks_at_inputs(what: str) -> str:
@@ -215,21 +220,29 @@ class LayerInputs:
         calls: list[Call] = []
         samples = 0
         self.remarks: list[Remark] = []
-        each = bytes_of_a_sample(compilation.ir.graph)
+        each = bytes_of_a_sample(compilation)
+        room = max(LEAST_SAMPLES, int(MOST_BYTES / each)) if each else sys.maxsize
+        cuttable = compilation.source.dynamic_shapes is None
+        full = False
         for batch in batches(
             factory, name, compilation.device, compilation.rules.calibration.batches
         ):
-            if calls and (samples + batch.size) * each > MOST_BYTES:
-                text = (
-                    f"{what} looked at {samples} samples of {name}() alone: the values of more "
-                    f"would take over {MOST_BYTES >> 20} MiB at one layer"
-                )
-                self.remarks.append(missed("fewer-samples", text))
+            left = room - samples
+            full = batch.size > left
+            if full and cuttable and left >= LEAST_SAMPLES:
+                batch = batch.part(0, left)
+            elif full and calls:
                 break
             calls.append(compilation.network.scoped_inputs(batch.inputs))
             samples += batch.size
-            if most is not None and parameters * samples >= most:
+            if full or (most is not None and parameters * samples >= most):
                 break
+        if full:
+            text = (
+                f"{what} looked at {samples} samples of {name}() alone: the values of more would "
+                f"take over {MOST_BYTES >> 20} MiB at one layer"
+            )
+            self.remarks.append(missed("fewer-samples", text))
         self.walk = Walk(compilation.ir, calls)
         self._shared: tuple[object, torch.Tensor] | None = None
 

@@ -10,7 +10,8 @@ Needs `graph`. Rewrites, each exact:
 - patches summed into a map (`nn.Fold`) -> a permutation or a transposed convolution, which engines
   know;
 - `rms_norm` -> its products, since ONNX has no form of it up to our opset;
-- `scatter_reduce` of a mean, or without what is there -> scatters that add;
+- `scatter_reduce` of a mean, or without what is there -> scatters that add; of a source larger than
+  its index -> of the part that the index reaches;
 - a non-overlapping convolution (kernel = stride, no padding) -> patches @ linear, so that a patch
   embedding is a GEMM with reduction size C * P * P.
 Refuses an operator that cannot become ONNX, with its place in the model's source: what is found
@@ -42,7 +43,7 @@ from gpusq_compile.graph.one_form import (
 )
 from gpusq_compile.graph.products import FUSED_ATTENTION
 from gpusq_compile.graph.query import module_path, shape_of, static_shape, tensor_attribute
-from gpusq_compile.graph.scatter import spell_out_scatter
+from gpusq_compile.graph.scatter import cut_to_index, spell_out_scatter
 from gpusq_compile.lowering.exportable import check_exportable
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.passes.split_attention import split
@@ -309,7 +310,7 @@ def _sizes(value: Any, axes: int) -> tuple[int, ...]:
 
 
 REWRITES: tuple[tuple[Callable[[torch.fx.GraphModule, torch.fx.Node], bool], ...], ...] = (
-    (remove_identity, view_to_reshape, baddbmm_to_matmul, einsum_to_matmul),
+    (remove_identity, view_to_reshape, baddbmm_to_matmul, einsum_to_matmul, cut_to_index),
     (
         product_to_linear,
         attention_to_four_axes,

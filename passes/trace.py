@@ -19,7 +19,7 @@ from torch._dynamo.exc import UserError, UserErrorType
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from gpusq_compile.batch_inputs import moved
+from gpusq_compile.batch_inputs import moved, size_of
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.data import some_batches
 from gpusq_compile.errors import InputError, Location
@@ -52,7 +52,7 @@ def run(compilation: Compilation) -> PassResult:
     except Exception as error:
         check_unbatched(compilation)
         raise user_error(error, source.file, "forward()", "forward-failed") from error
-    compilation.probe = (args, kwargs)
+    compilation.probe, compilation.probe_samples = (args, kwargs), size_of(inputs) or 1
     compilation.reference = check_outputs(outputs, again, source.place("model"))
     program, graph_module = functional(compilation, export(compilation, module, args, kwargs))
     check_program(program)
@@ -161,22 +161,29 @@ def form(tensor: torch.Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
+def _takes(compilation: Compilation, inputs: tuple[Any, ...]) -> bool:
+    try:
+        with torch.no_grad():
+            compilation.network.root(*moved(inputs, compilation.device))
+    except Exception:
+        return False
+    return True
+
+
 def check_unbatched(compilation: Compilation) -> None:
     """Look whether a model that cannot take its example inputs can with a batch in front.
 
     Raises:
         InputError: it can.
     """
-    source, network = compilation.source, compilation.network
+    source = compilation.source
     given = source.example_inputs
     if not all(isinstance(value, torch.Tensor) for value in given):
         return
     batched = tuple(torch.stack([value] * MIN_BATCH) for value in given)
-    try:
-        with torch.no_grad():
-            network.root(*moved(batched, compilation.device))
-    except Exception:
-        return  # It is something else that the model cannot take, and it says what.
+    # Otherwise it is something else that the model cannot take, and it says what.
+    if _takes(compilation, two_samples(given)) or not _takes(compilation, batched):
+        return
     raise InputError(
         "example-inputs",
         f"example_inputs() returned {', '.join(map(form, given))}, whose first dimension is taken "
@@ -322,10 +329,16 @@ def check_returned(program: torch.export.ExportedProgram) -> None:
             text = f"returns {what}, as output {index}, which depends on no input"
             hint = "return what is computed from the inputs alone, and read the rest off the model"
             code = "outputs-constant"
+        elif not isinstance(value, torch.Tensor):
+            text = f"returns a size of a tensor as output {index}, expected tensors"
+            hint = "read sizes off the tensors that are returned"
+            code = "outputs-kind"
         else:
             seen[leaf] = index
             continue
-        raise InputError(code, f"forward() {text}", location=place_of(leaf), hint=hint)
+        # The line that reads a size is torch's own.
+        place = None if code == "outputs-kind" else place_of(leaf)
+        raise InputError(code, f"forward() {text}", location=place, hint=hint)
 
 
 @contextlib.contextmanager

@@ -391,6 +391,12 @@ def test_a_dry_run_matches_the_rules_and_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_refuses_to_dump() -> None:
+    with pytest.raises(InputError) as caught:
+        compile_model(tiny(), (images(2),), rules="int8", dry_run=True, dump_after=["all"])
+    assert caught.value.code == "options-conflict"
+
+
 def test_a_dry_run_needs_no_folder_to_write_in() -> None:
     # Below a device not even root can make a folder.
     output = Path(os.devnull) / "out"

@@ -123,5 +123,12 @@ def test_a_library_that_never_loads_is_not_waited_for(
     assert probe_library("slow_builder") == {"missing": False, "error": error}
 
 
+def test_where_no_process_can_be_started_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "")
+    found = probe_library("late_builder_of_nobody")
+    assert found["missing"] is False
+    assert "no process of Python can be started" in found["error"]
+
+
 def test_the_compilers_own_files_are_no_libraries() -> None:
     assert probe_library("builder_log")["missing"]

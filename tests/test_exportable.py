@@ -240,6 +240,62 @@ def test_what_a_scatter_combines_is_the_same_in_the_file(
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
 
 
+def test_a_mean_whose_sum_half_has_no_room_for_is_finite_at_every_step(tmp_path: Path) -> None:
+    def mean(x: Tensor) -> Tensor:
+        large = 4500.0 + x.flatten(1)
+        index = torch.zeros_like(large, dtype=torch.int64)[:, 1:]
+        start = torch.zeros_like(x[:, :, 0])
+        found = start.scatter_reduce(1, index, large, "mean", include_self=False)
+        return x + found.unsqueeze(-1) / 4500.0
+
+    pixels = noise(2, 4, 32)
+    given = begin(seeded(Odd, mean), pixels, make_rules(NOTHING, precision="fp16"), tmp_path)
+    model = run_until(given, "set_precision").onnx_model
+    assert model is not None
+    kinds = {v.name: v.type.tensor_type.elem_type for v in model.graph.value_info}
+    halves = [
+        name
+        for node in model.graph.node
+        for name in node.output
+        if kinds.get(name) == TensorProto.FLOAT16
+    ]
+    assert halves
+    # Asked for as an output, a value has the type that the file says.
+    for name in halves:
+        model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT16, None))
+    session = open_session(model.SerializeToString(), runs=1)
+    for found in run_session(session, [pixels]):
+        assert bool(found.isfinite().all())
+
+
+@pytest.mark.parametrize("how", ["scatter", "scatter_add", "scatter_reduce"])
+def test_a_source_larger_than_its_index_is_cut(how: str, tmp_path: Path) -> None:
+    def scatter(x: Tensor) -> Tensor:
+        index = torch.arange(16).expand(2, 3, 16)
+        rest = ("amax",) if how == "scatter_reduce" else ()
+        return getattr(x, how)(2, index, 2 * x, *rest)
+
+    model = seeded(Odd, scatter)
+    pixels = noise(2, 4, 32)
+    compilation = run_until(begin(model, pixels, make_rules(NOTHING), tmp_path), "set_precision")
+    assert compilation.onnx_model is not None
+    [found] = run_session(open_session(compilation.onnx_model.SerializeToString()), [pixels])
+    torch.testing.assert_close(found, model(pixels), rtol=1e-4, atol=1e-4)
+
+
+def test_a_mean_of_integers_is_refused_with_its_line() -> None:
+    def mean(x: Tensor) -> Tensor:
+        whole = (100 * x[:, :, 0]).long()
+        index = torch.zeros_like(whole)
+        return x + whole.scatter_reduce(1, index, whole, "mean").unsqueeze(-1)
+
+    with pytest.raises(InputError) as caught:
+        run_until(begin(seeded(Odd, mean), noise(2, 4, 32), make_rules(NOTHING)), "canonicalize")
+    assert caught.value.code == "operator-unsupported"
+    assert "no mean of torch.int64 values" in caught.value.message
+    assert "test_exportable.py:" in str(caught.value.location)
+
+
 def test_sums_of_what_meets_at_one_place_stay_in_float32(tmp_path: Path) -> None:
     given = begin(
         seeded(Odd, by_adding), noise(2, 4, 32), make_rules(NOTHING, precision="fp16"), tmp_path

@@ -63,8 +63,7 @@ def method(name: str) -> dict[str, Any]:
 def test_of_many_samples_only_those_are_looked_at_whose_values_may_be_held(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def masks_after(batches: int) -> tuple[dict[str, torch.Tensor], list[str]]:
-        data = labelled(4)[:batches]
+    def masks_after(data: Any) -> tuple[dict[str, torch.Tensor], list[str]]:
         model = seeded(TinyViT, Shape(depth=1))
         compilation = begin(model, images(2), make_rules(method("obs")), data=data)
         run_until(compilation, "sparsify")
@@ -72,23 +71,43 @@ def test_of_many_samples_only_those_are_looked_at_whose_values_may_be_held(
         said = [r.reason for r in remarks_of(compilation, "sparsify") if r.code == "fewer-samples"]
         return masks, said
 
-    everything, said = masks_after(4)
+    data = labelled(4)
+    [size] = {len(batch) for batch, _ in data}
+    everything, said = masks_after(data)
     assert not said
-    two, _ = masks_after(2)
-    assert any(not torch.equal(everything[name], two[name]) for name in two)
-
-    model = begin(seeded(TinyViT, Shape(depth=1)), images(2), make_rules(method("obs")))
-    each = second_moments.bytes_of_a_sample(run_until(model, "mark").ir.graph)
-    monkeypatch.setattr(second_moments, "MOST_BYTES", int(each * 2.5 * len(labelled(1)[0][0])))
-    limited, said = masks_after(4)
-    assert said == [
-        f"sparsity method obs looked at {2 * len(labelled(1)[0][0])} samples of "
-        "calibration_data() alone: the values of more would take over 0 MiB at one layer"
+    given = begin(seeded(TinyViT, Shape(depth=1)), images(2), make_rules(method("obs")), data=data)
+    each = second_moments.bytes_of_a_sample(run_until(given, "mark"))
+    cases = [
+        (size, data[:1]),
+        (2 * size + 3, [*data[:2], part(data[2], 3)]),
+        (0, [part(data[0], 2)]),
     ]
-    assert all(torch.equal(limited[name], two[name]) for name in two)
+    for samples, same_as in cases:
+        monkeypatch.undo()
+        expected, said = masks_after(same_as)
+        assert not said
+        assert any(not torch.equal(everything[name], expected[name]) for name in expected)
+        monkeypatch.setattr(second_moments, "MOST_BYTES", int(each * (samples + 0.5)))
+        found, said = masks_after(data)
+        assert said == [
+            f"sparsity method obs looked at {max(samples, 2)} samples of calibration_data() alone: "
+            "the values of more would take over 0 MiB at one layer"
+        ]
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
 
-    monkeypatch.setattr(second_moments, "MOST_BYTES", 0)
-    one, said = masks_after(4)
-    assert len(said) == 1
-    first, _ = masks_after(1)
-    assert all(torch.equal(one[name], first[name]) for name in first)
+
+def part(batch: Any, samples: int) -> Any:
+    return tuple(value[:samples] for value in batch)
+
+
+def test_a_sample_is_the_models_whatever_a_scope_makes_of_it() -> None:
+    class Windows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x.reshape(-1, 4, 32)).reshape(-1, 64, 32).mean(1)
+
+    model = begin(seeded(Windows), noise(2, 64, 32), make_rules(), scope="inner")
+    assert second_moments.bytes_of_a_sample(run_until(model, "mark")) == 64 * 64 * FLOAT

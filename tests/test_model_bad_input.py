@@ -81,6 +81,18 @@ CASES: dict[str, tuple[str, str, str | None, list[str]]] = {
         "# made here",
         ["forward() returns None", "--scope"],
     ),
+    "a size": (
+        forward("return y, x.shape[0]"),
+        "outputs-kind",
+        None,
+        ["returns a size of a tensor as output 1, expected tensors"],
+    ),
+    "weights made under inference mode": (
+        f"{MODEL}inside()\n\n@torch.inference_mode()\ndef inside():\n    return TinyNet().eval()\n",
+        "weights-inference",
+        "# made here",
+        ["was made under torch.inference_mode()", "torch.no_grad()"],
+    ),
     "a parameter": (
         forward("return y, self.norm.weight"),
         "outputs-constant",
@@ -149,6 +161,30 @@ def test_an_image_without_a_batch_is_named_as_one() -> None:
     assert "float32 [3, 16, 16], whose first dimension is taken for the batch" in error.message
     assert "forward() takes float32 [1, 3, 16, 16]" in error.message
     assert "unsqueeze(0)" in (error.hint or "")
+
+
+def test_data_that_the_model_cannot_take_is_not_blamed_on_the_example() -> None:
+    class Words(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = torch.nn.Embedding(16, 32), torch.nn.Linear(32, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.head(self.table(x).mean(dim=-2))
+            return found
+
+    example, beyond = torch.zeros(2, 8).long(), torch.full((2, 8), 99)
+    with pytest.raises(InputError) as caught:
+        compile_model(
+            seeded(Words),
+            (example,),
+            rules="int8",
+            finetune=False,
+            engine="none",
+            calibration_data=[(beyond, None)],
+        )
+    assert caught.value.code == "forward-failed"
+    assert "IndexError" in caught.value.message
 
 
 def test_inputs_that_no_batch_makes_right_keep_the_models_own_message() -> None:

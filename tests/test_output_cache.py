@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -58,7 +59,7 @@ def test_writing_into_what_goes_in_and_out_does_not_change_the_answer() -> None:
     assert module.runs == 2
 
 
-def test_what_is_too_large_is_run_again(monkeypatch: Any) -> None:
+def test_what_is_too_large_is_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
     module = Counted()
     cached, value, shift = Cached(module), images(2), torch.ones(1)
     size = 2 * value.nbytes + shift.nbytes
@@ -67,6 +68,16 @@ def test_what_is_too_large_is_run_again(monkeypatch: Any) -> None:
     for _ in range(2):
         cached(value[:1], shift=shift)
     assert module.runs == 3
+
+
+def test_of_many_batches_the_first_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output_cache, "MOST_BATCHES", 3)
+    module = Counted()
+    cached, shift = Cached(module), torch.ones(1)
+    for _ in range(2):
+        for seed in range(5):
+            cached(images(1, seed=seed), shift=shift)
+    assert module.runs == 5 + 2
 
 
 def test_passes_and_measurements_share_runs_of_a_graph_that_stays(tmp_path: Path) -> None:

@@ -191,6 +191,7 @@ class TestConfiguration:
             ("hidden_act", "gelluu", "KeyError: 'gelluu'"),
             ("image_size", 0, "image_size is 0, expected a whole number above 0"),
             ("num_attention_heads", 0, "num_attention_heads is 0"),
+            ("num_labels", -1, "num_labels is -1, expected a whole number above 0"),
             ("id2label", ["cat"], 'id2label is ["cat"]'),
             ("id2label", {"a": "cat"}, "expected a name for each number of an output"),
             ("id2label", {"0": "cat", "7": "dog"}, "it names 7 and not 1"),
@@ -335,6 +336,20 @@ class TestWeights:
         error = refused(f"hf:{tmp_path}")
         assert error.code == "weights-missing"
         assert "model-00001-of-00002.safetensors, which is not there" in error.message
+
+    @pytest.mark.parametrize("files", [{}, [], None])
+    def test_an_index_that_names_no_file_is_refused(self, files: object, tmp_path: Path) -> None:
+        save_config(VIT, tmp_path)
+        index = {"metadata": {}, "weight_map": files}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        error = refused(f"hf:{tmp_path}")
+        assert error.code == "weights-missing"
+        assert "its weight_map names no file" in error.message
+
+    def test_a_number_beyond_what_python_reads_is_no_traceback(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text('{"hidden_size": ' + "9" * 5000 + "}")
+        error = refused(f"hf:{tmp_path}")
+        assert error.code == "config-not-json"
 
     def test_what_cannot_be_read_is_named_with_its_reason(self, tmp_path: Path) -> None:
         save_config(VIT, tmp_path)

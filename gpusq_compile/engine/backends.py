@@ -123,6 +123,9 @@ def _run_probe(module: str) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         error = f"loading it takes more than {PROBE_SECONDS} seconds"
         return {"missing": False, "error": error}
+    except OSError as error_of_system:
+        error = f"no process of {sys.executable or 'Python'} can be started: {error_of_system}"
+        return {"missing": False, "error": error}
     try:
         found = json.loads(done.stdout)
     except ValueError:

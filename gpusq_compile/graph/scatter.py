@@ -7,11 +7,40 @@ from typing import Any
 import torch
 import torch.fx
 
+from gpusq_compile.errors import InputError
 from gpusq_compile.graph.edit import insert_call
-from gpusq_compile.graph.query import aten
+from gpusq_compile.graph.query import aten, place_of, static_shape
 
 NEUTRAL = {"sum": 0.0, "prod": 1.0}
 """What a place starts from that does not count itself."""
+
+
+SCATTERS = frozenset({aten.scatter.src, aten.scatter_add.default, aten.scatter_reduce.two})
+"""Each takes (base, dim, index, source, ...)."""
+
+
+def cut_to_index(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
+    """A scatter whose index is smaller than its source -> one of the part that the index reaches.
+
+    ONNX has no other: its indices and updates are of one shape.
+    Source: torch.Tensor.scatter_; ONNX ScatterElements.
+    """
+    if node.target not in SCATTERS:
+        return False
+    place: Any = node.args
+    _, _, index, source, *_ = place
+    wholes, parts = static_shape(source) or (), static_shape(index) or ()
+    smaller = [
+        (axis, part)
+        for axis, (whole, part) in enumerate(zip(wholes, parts, strict=False))
+        if whole is not None and part is not None and part < whole
+    ]
+    with node.graph.inserting_before(node):
+        for axis, part in smaller:
+            cut = (source, axis, 0, part)
+            source = insert_call(node.graph, aten.slice.Tensor, cut, provenance=node)
+    node.update_arg(3, source)
+    return bool(smaller)
 
 
 def spell_out_scatter(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
@@ -20,6 +49,10 @@ def spell_out_scatter(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -
     ONNX's ScatterElements adds, multiplies, or takes the largest or smallest, always together with
     what is there; the exporter drops what else is asked for. `amax` and `amin` without what is
     there start from the value that loses against any.
+
+    Raises:
+        InputError: a mean of integers, which rounds as nothing in ONNX does.
+
     Source: torch.Tensor.scatter_reduce_; ONNX ScatterElements, opset 18.
     """
     if node.target is not aten.scatter_reduce.two:
@@ -28,6 +61,13 @@ def spell_out_scatter(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -
     base, dim, index, source, reduce = place
     includes_self = bool(node.kwargs.get("include_self", True))
     value = node.meta["val"]
+    if not value.is_floating_point() and reduce == "mean":
+        raise InputError(
+            "operator-unsupported",
+            f"ONNX has no mean of {value.dtype} values that meet at one place",
+            location=place_of(node),
+            hint="take the mean of floats: `.float()` before the scatter",
+        )
     if not value.is_floating_point() or (includes_self and reduce != "mean"):
         return False
     graph = node.graph
@@ -40,14 +80,16 @@ def spell_out_scatter(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -
         zeros = call(aten.zeros_like.default, base)
         count = call(aten.scatter_add.default, zeros, dim, index, ones)
         if reduce == "mean":
-            start = base if includes_self else zeros
-            total = call(aten.scatter_add.default, start, dim, index, source)
             shares = (
                 call(aten.add.Tensor, count, 1.0)
                 if includes_self
                 else call(aten.clamp_min.default, count, 1.0)
             )
-            result = call(aten.div.Tensor, total, shares)
+            # Divided before they are added, since half has no room for the sum of many.
+            start = call(aten.div.Tensor, base, shares) if includes_self else zeros
+            share_of_each = call(aten.gather.default, shares, dim, index)
+            parts = call(aten.div.Tensor, source, share_of_each)
+            result = call(aten.scatter_add.default, start, dim, index, parts)
         else:
             largest = torch.finfo(value.dtype).max
             first = {**NEUTRAL, "amax": -largest, "amin": largest}[reduce]

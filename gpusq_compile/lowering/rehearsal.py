@@ -40,7 +40,8 @@ MOVES: frozenset[object] = frozenset(
 """Operators that are translated whatever the sizes and axes that they are given."""
 
 _TRANSLATED: set[tuple[object, str]] = set()
-"""The calls that were translated before, in this process."""
+"""The calls that were translated before, in this process. Other sizes do not count as others: where
+they matter, the export says so."""
 
 
 def rehearse(graph: torch.fx.Graph, convention: CallConvention) -> None:

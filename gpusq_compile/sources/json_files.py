@@ -67,6 +67,8 @@ def read_object(path: Path, code: str) -> JsonFile:
         raise InputError(code, f"{shown} cannot be read: {reason}") from None
     except RecursionError:
         raise InputError(code, f"{shown} is nested too deeply") from None
+    except ValueError as error:  # A number of more digits than Python reads.
+        raise InputError(code, f"{shown} cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise InputError(code, f"{shown} is no JSON object")
     return JsonFile(shown, text, content)

@@ -103,7 +103,14 @@ def _check_shards(folder: Path) -> None:
         return
     index = read_json(path)
     files = index.content.get("weight_map")
-    names = {str(name) for name in files.values()} if isinstance(files, dict) else set()
+    if not isinstance(files, dict) or not files:
+        raise InputError(
+            "weights-missing",
+            "its weight_map names no file for any tensor",
+            location=index.place("weight_map"),
+            hint="copy the whole folder, or take the index away",
+        )
+    names = {str(name) for name in files.values()}
     if lost := sorted(name for name in names if not (folder / name).is_file()):
         raise InputError(
             "weights-missing",

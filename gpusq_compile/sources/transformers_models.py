@@ -42,6 +42,7 @@ COUNTS = (
     "num_attention_heads",
     "num_channels",
     "num_hidden_layers",
+    "num_labels",
     "patch_size",
 )
 """Keys of configurations of which 0 says nothing, and which the library divides by or ignores."""
