@@ -19,7 +19,7 @@ from gpusq_compile.sources.torchvision_models import torchvision_model
 from gpusq_compile.sources.transformers_models import transformers_model
 
 BUILDERS = {"timm": timm_model, "torchvision": torchvision_model, "hf": transformers_model}
-SYNTHETIC_IMAGES = 16
+SYNTHETIC_BATCHES = 8
 SYNTHETIC_BATCH = 2
 """Noise in place of data only shows that the whole compiles: there is no more to see in more."""
 
@@ -86,8 +86,7 @@ def example_images(model: LibraryModel) -> tuple[Any, ...]:
 
 def _noise(model: LibraryModel) -> Iterable[Any]:
     generator = torch.Generator().manual_seed(0)
-    images = model.images.batch_size(SYNTHETIC_IMAGES)
-    for _ in range(max(2, images // SYNTHETIC_BATCH)):
+    for _ in range(SYNTHETIC_BATCHES):
         yield _images(model, SYNTHETIC_BATCH, generator)
 
 
