@@ -11,7 +11,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 MOST_BYTES = 64 << 20
 """Inputs and outputs that are kept; beyond, a batch is run again: maps of many classes are."""
 
-
 MOST_BATCHES = 8
 """Batches that are kept: those that come again are the first ones."""
 
@@ -20,8 +19,7 @@ class Cached(nn.Module):
     """A module that is run once on each of a few small batches, which are found by their values.
 
     The module must stay as it is, leave its inputs alone and depend on tensors only, as graphs do.
-    Whoever calls it may
-    write into what goes in and out.
+    Whoever calls it may write into what goes in and out.
     """
 
     def __init__(self, module: nn.Module) -> None:

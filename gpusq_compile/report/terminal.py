@@ -169,10 +169,11 @@ def plan_table(report: dict[str, Any]) -> Table:
 
 def plan_lines(report: dict[str, Any]) -> list[str]:
     """The same for a narrow terminal: under each name its cells."""
-    rows = [PLAN_COLUMNS, *(tuple(cells) for _, *cells in plan_rows(report))]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    texts = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    names = ["plan", *(escape(name) for name, *_ in plan_rows(report))]
+    rows = plan_rows(report)
+    cells = [PLAN_COLUMNS, *(row[1:] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    texts = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
+    names = ["plan", *(escape(row[0]) for row in rows)]
     return [line for name, text in zip(names, texts, strict=True) for line in (name, f"  {text}")]
 
 
