@@ -21,6 +21,7 @@ from gpusq_compile.errors import InternalError
 from gpusq_compile.finetune.checkpoint import save_tensors
 from gpusq_compile.graph.as_json import dtype_name, graph_nodes, graph_tensors
 from gpusq_compile.graph.edit import NAMESPACE
+from gpusq_compile.graph.stored_weights import Turned
 from gpusq_compile.output import digest
 from gpusq_compile.packed_graph import (
     FORMAT,
@@ -35,6 +36,7 @@ from gpusq_compile.packed_graph import (
     TensorNames,
     TensorRecord,
     ToolRecord,
+    TurnedRecord,
     document_digest,
     packing_record,
     row_ranges,
@@ -80,6 +82,7 @@ def write_packed(
     parameters: Mapping[str, torch.Size],
     half: bool,
     tied: Mapping[str, str] = MappingProxyType({}),
+    turned: Mapping[str, Turned] = MappingProxyType({}),
 ) -> PackedBytes:
     """Write the folded graph to `folder` as weights.safetensors and graph.json.
 
@@ -90,6 +93,7 @@ def write_packed(
         parameters: the user's own parameters, with their shapes.
         half: store pruned float weights as float16, which is how they are deployed.
         tied: for each further name of a parameter the first.
+        turned: how the graph holds parameters whose axes were turned.
 
     Raises:
         InternalError: a weight breaks the pattern or the range that its plan claims.
@@ -129,6 +133,10 @@ def write_packed(
         tensors=others,
         parameters={name: list(shape) for name, shape in parameters.items()},
         tied=dict(tied),
+        turned={
+            name: TurnedRecord(axes=list(held.axes), rows=held.rows)
+            for name, held in turned.items()
+        },
         parts={
             name: [PartRecord(tensor=part.tensor, rows=row_ranges(part.rows)) for part in parts]
             for name, parts in parts_of(graph_module).items()

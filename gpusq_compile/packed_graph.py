@@ -98,6 +98,14 @@ class PartRecord(_Record):
     rows: list[Annotated[list[NonNegativeInt], Field(min_length=2, max_length=2)]]
 
 
+class TurnedRecord(_Record):
+    """How the graph holds a parameter: with its `axes` in this order, the first `rows` of them
+    flattened into the output features and the others into the input features."""
+
+    axes: list[NonNegativeInt]
+    rows: NonNegativeInt
+
+
 class ToolRecord(_Record):
     name: str
     version: str
@@ -114,7 +122,8 @@ class PackedGraph(_Record):
 
     `sha256` is the digest of the document without it, as JSON in ASCII with sorted keys and no
     spaces. `tensors` are those that are not packed, `parameters` the user's own, with their shapes,
-    `tied` other names of some of them, and `parts` what became of those that were split.
+    `tied` other names of some of them, `turned` those whose axes the graph holds in another order,
+    and `parts` what became of those that were split.
     """
 
     format: str
@@ -128,6 +137,7 @@ class PackedGraph(_Record):
     tensors: dict[str, TensorRecord]
     parameters: dict[str, list[NonNegativeInt]]
     tied: dict[str, str] = {}
+    turned: dict[str, TurnedRecord] = {}
     parts: dict[str, list[PartRecord]]
     nodes: list[NodeRecord]
 

@@ -16,6 +16,7 @@ from safetensors.torch import load
 
 from gpusq_compile.errors import InputError, relative_to_cwd
 from gpusq_compile.graph.as_json import dtype_name
+from gpusq_compile.graph.stored_weights import Turned
 from gpusq_compile.packed_graph import (
     FORMAT,
     GRAPH,
@@ -25,6 +26,7 @@ from gpusq_compile.packed_graph import (
     PackedGraph,
     PartRecord,
     TensorRecord,
+    TurnedRecord,
     document_digest,
     packing_record,
 )
@@ -67,11 +69,19 @@ class PackedModel:
             for name, records in graph.parts.items()
         }
         state = user_tensors(
-            self.tensors, {n: s for n, s in scales.items() if s}, parts, graph.parameters
+            self.tensors,
+            {n: s for n, s in scales.items() if s},
+            parts,
+            graph.parameters,
+            {name: _turned(record) for name, record in graph.turned.items()},
         )
         state = {n: v.float() if n in scales else v for n, v in state.items()}
         state |= {n: state[first] for n, first in graph.tied.items() if first in state}
         return in_user_model(state, graph.scope)
+
+
+def _turned(record: TurnedRecord) -> Turned:
+    return Turned(tuple(record.axes), record.rows)
 
 
 def _rows(part: PartRecord) -> tuple[int, ...]:
@@ -240,11 +250,19 @@ def _contradiction(graph: PackedGraph) -> str | None:
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         return f"the tensor '{twice[0]}' is named twice"
+    for name, turned in graph.turned.items():
+        shape = graph.parameters.get(name)
+        if shape is None or sorted(turned.axes) != list(range(len(shape))):
+            return f"'{name}' cannot be turned by {turned.axes}: it is no parameter of so many axes"
+        if not 0 < turned.rows < len(shape):
+            return f"'{name}' cannot have {turned.rows} of {len(shape)} axes for its rows"
     for name, shape in graph.parameters.items():
         if name in shapes and math.prod(shape) != math.prod(shapes[name]):
             return f"parameter '{name}' has shape {shape}, and its tensor {shapes[name]}"
         for part in graph.parts.get(name, []):
-            if not _fits(part, shapes.get(part.tensor), shape):
+            held = graph.turned.get(name)
+            whole = shape if held is None else list(_turned(held).graph_shape(shape))
+            if not _fits(part, shapes.get(part.tensor), whole):
                 return f"'{part.tensor}' is no part of the parameter '{name}'"
     return None
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 import torch.fx
 
 from gpusq_compile.graph.as_json import graph_tensors
+from gpusq_compile.graph.stored_weights import Turned
 from gpusq_compile.plan import planned
 from gpusq_compile.quantization.operators import DEQUANTIZE
 
@@ -27,15 +29,21 @@ class StoredRows:
 
 
 def user_state_dict(
-    graph_module: torch.fx.GraphModule, shapes: Mapping[str, Sequence[int]]
+    graph_module: torch.fx.GraphModule,
+    shapes: Mapping[str, Sequence[int]],
+    turned: Mapping[str, Turned] = MappingProxyType({}),
 ) -> dict[str, torch.Tensor]:
     """Float weights of the user's names and `shapes`, pruned and rounded as deployed.
 
-    A layer that was split into parts is put together again. Parameters that the graph does not
-    read are left out.
+    A layer that was split into parts is put together again, and what was `turned` turned back.
+    Parameters that the graph does not read are left out.
     """
     return user_tensors(
-        graph_tensors(graph_module), weight_scales(graph_module), parts_of(graph_module), shapes
+        graph_tensors(graph_module),
+        weight_scales(graph_module),
+        parts_of(graph_module),
+        shapes,
+        turned,
     )
 
 
@@ -44,6 +52,7 @@ def user_tensors(
     scales: Mapping[str, str],
     parts: Mapping[str, Sequence[StoredRows]],
     shapes: Mapping[str, Sequence[int]],
+    turned: Mapping[str, Turned],
 ) -> dict[str, torch.Tensor]:
     """`user_state_dict` of a graph's tensors by name.
 
@@ -57,13 +66,16 @@ def user_tensors(
 
     state = {}
     for name, shape in shapes.items():
+        held = turned.get(name)
         if name in parts:
-            whole = torch.zeros(tuple(shape))
+            value = torch.zeros(tuple(shape) if held is None else held.graph_shape(shape))
             for part in parts[name]:
-                whole[list(part.rows)] = value_of(part.tensor).float()
-            state[name] = whole
+                value[list(part.rows)] = value_of(part.tensor).float()
         elif name in tensors:
-            state[name] = value_of(name).reshape(tuple(shape))
+            value = value_of(name)
+        else:
+            continue
+        state[name] = value.reshape(tuple(shape)) if held is None else held.to_user(value, shape)
     return state
 
 

@@ -5,7 +5,8 @@ Needs `graph`. Rewrites, each exact:
 - a slice of the whole -> nothing, one part of a stack -> that part, `copy` -> what is copied;
 - `view` -> `reshape`, which is legal for every stride that later rewrites may leave behind;
 - products in other words (`baddbmm`, an `einsum` of two factors) -> `matmul`, and products with a
-  stored weight (`x @ w.T`, `addmm`) -> `linear`, so that attention and GEMMs have one form;
+  stored weight (`x @ w.T`, `addmm`, an `einsum`) -> `linear`, so that attention and GEMMs have one
+  form; a weight that is turned before is stored as [out, in];
 - fused attention on other than four axes -> on four, all that an engine knows, or spelled out;
 - patches summed into a map (`nn.Fold`) -> a permutation or a transposed convolution, which engines
   know;
@@ -33,17 +34,25 @@ from gpusq_compile.compilation import Compilation
 from gpusq_compile.graph.attention import fused_arguments
 from gpusq_compile.graph.col2im import spell_out_fold
 from gpusq_compile.graph.edit import bypass, finish, insert_call, insert_get_attr, set_tensor
+from gpusq_compile.graph.einsum import einsum_to_linear, einsum_to_matmul
 from gpusq_compile.graph.norms import spell_out_rms_norm
 from gpusq_compile.graph.one_form import (
     ENGINE_AXES,
     attention_to_four_axes,
     baddbmm_to_matmul,
-    einsum_to_matmul,
     product_to_linear,
 )
-from gpusq_compile.graph.products import FUSED_ATTENTION
-from gpusq_compile.graph.query import module_path, shape_of, static_shape, tensor_attribute
+from gpusq_compile.graph.products import FUSED_ATTENTION, factors_of, with_stored_factor
+from gpusq_compile.graph.query import (
+    input_dependent,
+    is_parameter,
+    module_path,
+    shape_of,
+    static_shape,
+    tensor_attribute,
+)
 from gpusq_compile.graph.scatter import cut_to_index, spell_out_scatter
+from gpusq_compile.graph.stored_weights import store_as_read
 from gpusq_compile.lowering.exportable import check_exportable
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.passes.split_attention import split
@@ -78,6 +87,27 @@ def run(compilation: Compilation) -> PassResult:
             if any(rewrite(graph_module, node) for rewrite in rewrites):
                 result.matched += 1
                 result.changed += 1
+    for node in graph_module.graph.find_nodes(op="call_function", target=aten.linear.default):
+        stored = store_as_read(graph_module, node)
+        if stored is not None:
+            path, turned = stored
+            compilation.turned[path] = turned
+            result.matched += 1
+            result.changed += 1
+            text = f"weight stored as [out, in], its axes in the order {list(turned.axes)}"
+            result.remarks.append(passed("weight-turned", text, path.removesuffix(".weight")))
+    for node in with_stored_factor(graph_module.graph, input_dependent(graph_module.graph)):
+        for factor in factors_of(node):
+            if is_parameter(graph_module, factor):
+                result.matched += 1
+                result.skipped += 1
+                text = (
+                    f"the product with the weight {factor.target} stays in floats: it is no "
+                    "linear, whose weight has axes of its inputs and outputs alone"
+                )
+                result.remarks.append(
+                    analysis("no-linear", text, str(factor.target).removesuffix(".weight"))
+                )
     for node in graph_module.graph.find_nodes(op="call_function", target=aten.col2im.default):
         result.matched += 1
         layer = module_path(node) or node.name
@@ -310,7 +340,14 @@ def _sizes(value: Any, axes: int) -> tuple[int, ...]:
 
 
 REWRITES: tuple[tuple[Callable[[torch.fx.GraphModule, torch.fx.Node], bool], ...], ...] = (
-    (remove_identity, view_to_reshape, baddbmm_to_matmul, einsum_to_matmul, cut_to_index),
+    (
+        remove_identity,
+        view_to_reshape,
+        baddbmm_to_matmul,
+        einsum_to_linear,
+        einsum_to_matmul,
+        cut_to_index,
+    ),
     (
         product_to_linear,
         attention_to_four_axes,

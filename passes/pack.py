@@ -23,6 +23,7 @@ def run(compilation: Compilation) -> PassResult:
         scope=compilation.network.scope,
         parameters=compilation.parameter_shapes,
         tied=compilation.tied,
+        turned=compilation.turned,
         half=compilation.rules.target.precision == "fp16",
     )
     result = PassResult(matched=len(packed.layers), changed=len(packed.layers))

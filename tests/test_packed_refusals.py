@@ -218,6 +218,18 @@ OTHER: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda d: d["parts"].update({"stem.bias": [{"tensor": "stem.bias", "rows": [[3]]}]}),
         "parts.stem.bias.0.rows.0",
     ),
+    "turned": (
+        lambda d: d.update(turned={"stem.weight": {"axes": [0, 0], "rows": 1}}),
+        "'stem.weight' cannot be turned by [0, 0]",
+    ),
+    "turned rows": (
+        lambda d: d.update(turned={"logits.weight": {"axes": [1, 0], "rows": 2}}),
+        "'logits.weight' cannot have 2 of 2 axes for its rows",
+    ),
+    "turned, unknown": (
+        lambda d: d.update(turned={"x": {"axes": [1, 0], "rows": 1}}),
+        "'x' cannot be turned",
+    ),
     "file": (lambda d: d["weights"].update(file="/etc/passwd"), "weights.file"),
     "nodes": (lambda d: d.update(nodes=[1]), "nodes.0"),
     "layers": (lambda d: d.update(layers={}), "layers"),

@@ -87,6 +87,12 @@ def bypass(node: torch.fx.Node) -> None:
     node.graph.erase_node(node)
 
 
+def replace(node: torch.fx.Node, value: torch.fx.Node) -> None:
+    """Let the users of a node read `value`, and remove the node."""
+    node.replace_all_uses_with(value)
+    node.graph.erase_node(node)
+
+
 def insert_call(
     graph: torch.fx.Graph,
     target: Any,

@@ -70,6 +70,21 @@ def attention_parts(graph: torch.fx.Graph, dependent: set[torch.fx.Node]) -> Att
     return AttentionParts(frozenset(found), frozenset(mixers))
 
 
+def with_stored_factor(graph: torch.fx.Graph, dependent: set[torch.fx.Node]) -> list[torch.fx.Node]:
+    """The products of an activation with something that no input decides, such as a weight per
+    head: GEMMs that are no linear.
+
+    Args:
+        dependent: the nodes that depend on the inputs.
+    """
+    return [
+        node
+        for node in graph.nodes
+        if node.target in PRODUCTS
+        and len({factor in dependent for factor in factors_of(node)}) == 2
+    ]
+
+
 def factors_of(product: torch.fx.Node) -> list[torch.fx.Node]:
     """The two tensors that an operator of `PRODUCTS` multiplies (of an einsum: all of them)."""
     operands = product.all_input_nodes

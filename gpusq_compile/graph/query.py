@@ -123,6 +123,15 @@ def tensor_attribute(graph_module: torch.fx.GraphModule, path: str) -> torch.Ten
     return value
 
 
+def is_parameter(graph_module: torch.fx.GraphModule, node: object) -> bool:
+    """Whether a node reads a stored parameter, rather than a buffer or what is computed."""
+    return (
+        isinstance(node, torch.fx.Node)
+        and node.op == "get_attr"
+        and isinstance(tensor_attribute(graph_module, str(node.target)), torch.nn.Parameter)
+    )
+
+
 def weight_source(node: torch.fx.Node) -> torch.fx.Node | None:
     """The `get_attr` node of a weighted operator's weight, through masks and fake-quantizers.
 

@@ -28,6 +28,7 @@ from gpusq_compile.graph.products import (
     SOFTMAX,
     attention_parts,
     carries_values,
+    with_stored_factor,
 )
 from gpusq_compile.graph.query import (
     input_dependent,
@@ -146,6 +147,7 @@ class _Search:
         self.dominators = Dominators(graph, self.by_value)
         parts = attention_parts(graph, self.dependent)
         self.attentions, self.head_mixers = parts.products, parts.head_mixers
+        self.other_gemms = set(with_stored_factor(graph, self.dependent))
         residuals = residual_adds(graph, self.by_value)
         nested = _nested(residuals)
         self.trunk = [node for node in residuals if node not in nested]
@@ -186,6 +188,7 @@ class _Search:
         return (
             carries_values(node)
             and not mixes_channels(node)
+            and node not in self.other_gemms
             and node not in self.attentions
             and node not in self.in_trunk
         )
