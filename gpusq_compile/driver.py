@@ -25,6 +25,7 @@ from gpusq_compile.lowering.runtime import (
     tensor_leaves,
 )
 from gpusq_compile.lowering.text import onnx_text
+from gpusq_compile.lowering.validity import check_valid
 from gpusq_compile.numerics import is_rounding, largest_difference
 from gpusq_compile.pass_base import Pass
 from gpusq_compile.randomness import derived_seed, seed_everything
@@ -182,12 +183,16 @@ def onnx_change(compilation: Compilation, step: Pass) -> float:
     model = compilation.onnx_model
     assert model is not None
     try:
-        onnx.checker.check_model(model, full_check=True)
+        check_valid(model)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise InternalError("onnx-invalid", f"pass '{step.name}' left: {error}") from error
+    # From a file, as a session keeps the bytes that it is given beside what it makes of them.
+    path = compilation.workdir / f"{step.name}.onnx"
+    onnx.save(model, path)
     with at_its_line(compilation.onnx_places):
-        session = open_session(model.SerializeToString(), runs=1)
+        session = open_session(path, runs=1)
         outputs = run_session(session, tensor_leaves(compilation.probe))
+    path.unlink()
     return change_to(compilation, outputs)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,9 @@ from gpusq_compile.passes import PIPELINE
 from gpusq_compile.plan import LayerPlan, planned
 from gpusq_compile.randomness import seed_everything
 from gpusq_compile.remarks import Kind, Remark
+
+WORKDIR = tempfile.TemporaryDirectory(prefix="gpusq-tests-")
+"""For compilations whose files nobody looks at."""
 
 SPARSE: dict[str, Any] = {"pattern": "2:4"}
 INT8: dict[str, Any] = {"weight": "int8"}
@@ -62,7 +66,7 @@ def begin(
     model: nn.Module,
     inputs: Tensor | tuple[Any, ...],
     rules: Any,
-    workdir: Path = Path("unused"),
+    workdir: Path = Path(WORKDIR.name),
     *,
     data: Any = None,
     eval_data: Any = None,

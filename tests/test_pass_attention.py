@@ -35,7 +35,16 @@ from tests.attentions import (
     fused,
     spelled_out,
 )
-from tests.compilations import begin, fork, make_rules, outputs, remarks_of, run_until, targets
+from tests.compilations import (
+    WORKDIR,
+    begin,
+    fork,
+    make_rules,
+    outputs,
+    remarks_of,
+    run_until,
+    targets,
+)
 from tests.models import noise, seeded
 
 try:
@@ -53,7 +62,7 @@ def compiled(
     last: str,
     *rules: Any,
     tokens: int = 6,
-    workdir: Path = Path("unused"),
+    workdir: Path = Path(WORKDIR.name),
     precision: str = "fp32",
     **options: Any,
 ) -> Compilation:

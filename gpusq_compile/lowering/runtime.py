@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 import re
 import statistics
@@ -18,6 +19,7 @@ import torch.fx
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only, tree_unflatten
 
+from gpusq_compile.allocator import give_back
 from gpusq_compile.errors import CheckFailed, Location
 from gpusq_compile.language.schema import Verify
 from gpusq_compile.lowering.lift import CallConvention
@@ -137,6 +139,10 @@ def open_session(model: Path | bytes, *, runs: int | None = None) -> onnxruntime
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     # Of its errors only the fatal ones: the others are raised, and say the same.
     options.log_severity_level = 4
+    # What the session takes should not come on top of what those before it took. The graphs that
+    # a model is edited in are full of cycles, and hold the model as it was.
+    gc.collect()
+    give_back()
     with runtime_failures():
         return onnxruntime.InferenceSession(
             model if isinstance(model, bytes) else str(model),
