@@ -28,6 +28,9 @@ BLOCK = 128
 INVERSE_BLOCK = 256
 """Rows of a triangular matrix that are inverted at once; the rest of the work are products."""
 
+REVERSED_AT_ONCE = 1 << 20
+"""Values of a matrix that is turned around, in one step."""
+
 EXACT_COLUMNS = 512
 """Wider weights are swept in float32, and their moments factorized in it where damping allows."""
 
@@ -138,10 +141,13 @@ def inverse_factor(moments: torch.Tensor, damping: float) -> torch.Tensor:
         damped = moments.flip(0, 1).to(_precision(len(moments), damping))
         damped = damped.div_(mean) if mean > 0 else damped.zero_()
         damped.diagonal().add_(damping)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        del damped
+        # In place, as a wide layer's moments are the largest thing there is. Of a symmetric matrix
+        # the transposed view is the same one, and column by column, as LAPACK writes it.
+        lower, failed = damped.mT, torch.empty((), dtype=torch.int32, device=damped.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not int(failed):
-            return _inverse_of_lower(lower).flip(0, 1)
+            return _reverse(_invert_lower(lower))
+        del damped, lower
         damping *= 10.0
 
 
@@ -154,19 +160,32 @@ def _precision(columns: int, damping: float) -> torch.dtype:
     return torch.float32 if columns > EXACT_COLUMNS and small else torch.float64
 
 
-def _inverse_of_lower(lower: torch.Tensor) -> torch.Tensor:
-    """The inverse of a lower triangular matrix, in block rows that are mostly matrix products."""
-    size = len(lower)
-    inverse = torch.zeros_like(lower)
+def _invert_lower(matrix: torch.Tensor) -> torch.Tensor:
+    """Invert a lower triangular matrix in place, in block rows that are mostly matrix products."""
+    size = len(matrix)
     for first in range(0, size, INVERSE_BLOCK):
         last = min(first + INVERSE_BLOCK, size)
-        own = lower[first:last, first:last]
-        identity = torch.eye(last - first, dtype=lower.dtype, device=lower.device)
+        own = matrix[first:last, first:last]
+        identity = torch.eye(last - first, dtype=matrix.dtype, device=matrix.device)
         corner = torch.linalg.solve_triangular(own, identity, upper=False)
-        inverse[first:last, first:last] = corner
-        beside = lower[first:last, :first] @ inverse[:first, :first]
-        inverse[first:last, :first] = (corner @ beside).neg_()
-    return inverse
+        # The rows above are the inverse's by now.
+        beside = matrix[first:last, :first] @ matrix[:first, :first]
+        matrix[first:last, first:last] = corner
+        matrix[first:last, :first] = (corner @ beside).neg_()
+    return matrix
+
+
+def _reverse(matrix: torch.Tensor) -> torch.Tensor:
+    """Turn rows and columns around, in place; [n, n], column by column."""
+    values = matrix.mT.view(-1)
+    half, end = len(values) // 2, len(values)
+    for first in range(0, half, REVERSED_AT_ONCE):
+        last = min(first + REVERSED_AT_ONCE, half)
+        front, back = values[first:last], values[end - last : end - first]
+        held = front.flip(0)
+        front.copy_(back.flip(0))
+        back.copy_(held)
+    return matrix
 
 
 def _diagonal_blocks(matrix: torch.Tensor, size: int) -> torch.Tensor:

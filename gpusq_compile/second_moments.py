@@ -99,10 +99,15 @@ def second_moments(rows: Iterable[torch.Tensor]) -> torch.Tensor:
     """The mean of x x^T over the rows x: [columns, columns], float64 or, if wide, float32."""
     total, count = torch.zeros(()), 0
     for part in _joined(rows):
-        product = _product_with_itself(part)
-        product = product if len(product) > WIDE else product.double()
-        total = product if count == 0 else total.add_(product)
+        if count == 0:
+            columns = part.shape[1]
+            dtype = part.dtype if columns > WIDE else torch.float64
+            total = part.new_zeros(columns, columns, dtype=dtype)
+        _add_product_with_itself(total, part)
         count += part.shape[0]
+    for first in range(0, len(total) if count else 0, WIDE):
+        last = min(first + WIDE, len(total))
+        total[last:, first:last] = total[first:last, last:].T
     return total.div_(max(count, 1))
 
 
@@ -118,18 +123,14 @@ def _joined(rows: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
         yield torch.cat(held)
 
 
-def _product_with_itself(rows: torch.Tensor) -> torch.Tensor:
-    """`rows.T @ rows`."""
-    columns = rows.shape[1]
-    if columns <= WIDE:
-        return rows.T @ rows
-    product = rows.new_empty(columns, columns)
-    for first in range(0, columns, WIDE):
-        last = min(first + WIDE, columns)
-        block = rows[:, first:last].T @ rows[:, first:]
-        product[first:last, first:] = block
-        product[last:, first:last] = block[:, last - first :].T
-    return product
+def _add_product_with_itself(total: torch.Tensor, rows: torch.Tensor) -> None:
+    """Add `rows.T @ rows` to `total`; of a wide one the blocks on the diagonal and right of it."""
+    if len(total) <= WIDE:
+        total += (rows.T @ rows).to(total.dtype)
+        return
+    for first in range(0, len(total), WIDE):
+        last = min(first + WIDE, len(total))
+        total[first:last, first:].addmm_(rows[:, first:last].T, rows[:, first:])
 
 
 def thinned(rows: torch.Tensor, step: int) -> torch.Tensor:
