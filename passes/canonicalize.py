@@ -87,6 +87,19 @@ def run(compilation: Compilation) -> PassResult:
             if any(rewrite(graph_module, node) for rewrite in rewrites):
                 result.matched += 1
                 result.changed += 1
+    turn_weights(compilation, result)
+    name_other_products(graph_module, result)
+    spell_out_folds(graph_module, result)
+    patchify_all(graph_module, result)
+    finish(graph_module)
+    assert compilation.convention is not None
+    check_exportable(graph_module.graph, compilation.convention)
+    return result
+
+
+def turn_weights(compilation: Compilation, result: PassResult) -> None:
+    """Store each linear's weight as [out, in]."""
+    graph_module = compilation.ir
     for node in graph_module.graph.find_nodes(op="call_function", target=aten.linear.default):
         stored = store_as_read(graph_module, node)
         if stored is not None:
@@ -96,18 +109,24 @@ def run(compilation: Compilation) -> PassResult:
             result.changed += 1
             text = f"weight stored as [out, in], its axes in the order {list(turned.axes)}"
             result.remarks.append(passed("weight-turned", text, path.removesuffix(".weight")))
+
+
+def name_other_products(graph_module: torch.fx.GraphModule, result: PassResult) -> None:
+    """Say which stored weights are multiplied in another way than by a linear."""
     for node in with_stored_factor(graph_module.graph, input_dependent(graph_module.graph)):
         for factor in factors_of(node):
             if is_parameter(graph_module, factor):
                 result.matched += 1
                 result.skipped += 1
+                path = str(factor.target)
                 text = (
-                    f"the product with the weight {factor.target} stays in floats: it is no "
-                    "linear, whose weight has axes of its inputs and outputs alone"
+                    f"the product with the weight {path} stays in floats: it is no linear, whose "
+                    "weight has axes of its inputs and outputs alone"
                 )
-                result.remarks.append(
-                    analysis("no-linear", text, str(factor.target).removesuffix(".weight"))
-                )
+                result.remarks.append(analysis("no-linear", text, path.removesuffix(".weight")))
+
+
+def spell_out_folds(graph_module: torch.fx.GraphModule, result: PassResult) -> None:
     for node in graph_module.graph.find_nodes(op="call_function", target=aten.col2im.default):
         result.matched += 1
         layer = module_path(node) or node.name
@@ -118,6 +137,9 @@ def run(compilation: Compilation) -> PassResult:
             result.skipped += 1
             text = f"left as Col2Im, which no TensorRT reads: {refusal}"
             result.remarks.append(analysis("col2im", text, layer))
+
+
+def patchify_all(graph_module: torch.fx.GraphModule, result: PassResult) -> None:
     for node in list(graph_module.graph.nodes):
         pad_numerically(node)
         if node.target not in CONVOLUTIONS:
@@ -134,10 +156,6 @@ def run(compilation: Compilation) -> PassResult:
         else:
             result.skipped += 1
             result.remarks.append(analysis("patchify", f"left a convolution: {refusal}", layer))
-    finish(graph_module)
-    assert compilation.convention is not None
-    check_exportable(graph_module.graph, compilation.convention)
-    return result
 
 
 def remove_identity(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
