@@ -28,7 +28,8 @@ $(STAMP): pyproject.toml
 demo: setup ## Compile the digits model end to end: fine-tune, ONNX, engine, report
 	$(BIN)/gpusq-compile examples/digits_vit.py --rules int8 -o $(OUT)/digits
 	@echo
-	@echo 'Look at:  $(OUT)/digits/report.json    what was done to each layer, why, and what it cost'
+	@echo 'Look at:  $(OUT)/digits/report.html    what was done to each layer, why, and what it cost'
+	@echo '          $(OUT)/digits/report.json    the same for programs'
 	@echo '          $(OUT)/digits/model.onnx     2:4-sparse INT8 weights, for ONNX Runtime and TensorRT'
 	@echo '          $(OUT)/digits/engine/        the engine built from it'
 	@echo 'or run:   $(BIN)/gpusq-report $(OUT)/digits'

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -26,12 +27,15 @@ from gpusq_compile.errors import InputError, Location
 from gpusq_compile.graph.edit import remove_tensor, set_tensor
 from gpusq_compile.graph.functional import is_write, make_functional
 from gpusq_compile.graph.inline import inline_disabled_autocast
-from gpusq_compile.graph.query import place_of, source_line
+from gpusq_compile.graph.query import place_in, place_of, source_line
 from gpusq_compile.lowering.exportable import check_control_flow
 from gpusq_compile.lowering.lift import convention_of
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.remarks import analysis, missed
 from gpusq_compile.user_code import described, user_error
+
+MOST_NAMED = 6
+"""Submodules that a hint names."""
 
 MIN_BATCH = 2
 """`torch.export` specializes batch sizes 0 and 1, so the trace needs two or more."""
@@ -353,11 +357,14 @@ def _export_error(compilation: Compilation, error: Exception) -> InputError:
     text = str(error).strip()
     found = text.splitlines()[0] if text else type(error).__name__
     location = user_error(error, source.file, "torch.export", "export-failed").location
-    hint = "--scope PATH compiles a submodule that can be traced"
+    hint = f"--scope PATH compiles a submodule that can be traced{_submodules(compilation)}"
     kind = error.error_type if isinstance(error, UserError) else None
     if isinstance(error, GuardOnDataDependentSymNode):
         found = "the line turns the values of a tensor into Python control flow or a Python number"
-        hint = f"torch.where(condition, a, b) keeps both branches in the graph; {hint}"
+        if location is not None:
+            hint = f"torch.where(condition, a, b) keeps both branches in the graph; {hint}"
+        # A library's line, which nobody is going to change, says at least what it is about.
+        location = location or place_in("".join(traceback.format_tb(error.__traceback__)))
     elif source.dynamic_shapes is not None and kind is not None:
         location = source.place("dynamic_shapes")
         hint = "dynamic_shapes() returns what torch.export takes as `dynamic_shapes`"
@@ -371,6 +378,23 @@ def _export_error(compilation: Compilation, error: Exception) -> InputError:
         location=location,
         hint=hint,
     )
+
+
+def _submodules(compilation: Compilation) -> str:
+    """`, such as backbone or head`: the parts of the module that is compiled."""
+    network = compilation.network
+    prefix = "" if network.scope is None else f"{network.scope}."
+    names = [
+        f"{prefix}{name}"
+        for name, part in network.original.named_children()
+        if has_parameters(part)
+    ]
+    return f", such as {', '.join(names[:MOST_NAMED])}" if names else ""
+
+
+def has_parameters(module: torch.nn.Module) -> bool:
+    """Whether a module has any parameter, so that there is something to compress."""
+    return next(module.parameters(), None) is not None
 
 
 def unlift(program: torch.export.ExportedProgram) -> torch.fx.GraphModule:

@@ -8,8 +8,8 @@ from gpusq_compile.api import CompileResult
 from tests.example_files import check_compiled, compile_example, taps
 
 MODELS = {
-    "detr_r50": (37, ["patch_embed", *["stage_end"] * 2, *["final_projection"] * 2]),
-    "deformable_detr_r50": (31, ["patch_embed", *["stage_end"] * 3, *["final_projection"] * 2]),
+    "detr_r50": (37, ["patch_embed", *["stage_end"] * 2, "final_projection"]),
+    "deformable_detr_r50": (31, ["patch_embed", *["stage_end"] * 3, "final_projection"]),
     "upernet_swin": (40, ["patch_embed", *["stage_end"] * 4, "final_projection"]),
 }
 """How many layers are compressed, and the taps."""

@@ -342,6 +342,7 @@ def test_whoever_may_read_the_model_may_read_the_weights(cases: Callable[[str], 
 def test_the_terminal_shows_the_ratios_beside_the_papers(cases: Callable[[str], Case]) -> None:
     [line] = packed_lines(cases("portable int4").result.report["storage"])
     assert line.startswith("packed: weights.safetensors ")
+    assert "smaller than FP32, what is not compressed in its own type; GEMMs" in line
     assert "; GEMMs 12.80x, " in line
     assert line.endswith("x with their scales (the paper: 12.7x, 12.8x by its own bits)")
     [line] = packed_lines(cases("2:4 int8").result.report["storage"])

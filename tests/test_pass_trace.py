@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,38 @@ def test_a_model_that_cannot_be_traced_is_told_how_to_go_on() -> None:
     assert error.code == "export-failed"
     assert error.hint is not None
     assert "--scope" in error.hint
+
+
+INSTALLED = """
+from torch import nn
+class Chooser(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
+        self.act = nn.ReLU()
+    def forward(self, x):
+        y = self.act(self.body(x))
+        return self.head(y) if y.mean() > 0 else y
+"""
+
+
+def test_an_installed_librarys_line_is_named_and_its_submodules_are_offered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "site-packages"
+    folder.mkdir()
+    (folder / "chooser_of_a_library.py").write_text(INSTALLED)
+    monkeypatch.syspath_prepend(folder)
+    library = importlib.import_module("chooser_of_a_library")
+    with pytest.raises(InputError) as caught:
+        run_until(begin(library.Chooser(), noise(2, 16), make_rules()), "trace")
+    error = caught.value
+    assert error.code == "export-failed"
+    assert error.location is not None
+    assert (Path(error.location.file).name, error.location.line) == ("chooser_of_a_library.py", 10)
+    assert error.hint == (
+        "--scope PATH compiles a submodule that can be traced, such as body, head"
+    )
 
 
 def test_an_unknown_scope_names_the_nearest_submodule() -> None:

@@ -248,6 +248,44 @@ def test_a_stage_may_begin_with_two_branches_and_end_in_a_batch_norm() -> None:
     ]
 
 
+class SampledTokens(nn.Module):
+    """Each token reads the map where it says itself, as in "Deformable DETR" (ICLR 2021)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Conv2d(2, 32, 4, stride=4), nn.LayerNorm(32)
+        self.places, self.moves = nn.Linear(32, 2), nn.Linear(32, 2)
+        self.values, self.back = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.classes, self.boxes = (
+            nn.Linear(32, 3),
+            nn.ModuleList(nn.Linear(32, size) for size in (32, 32, 4)),
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.embed(x)
+        tokens = x.flatten(2).mT
+        at = self.places(tokens).sigmoid() + self.moves(tokens)
+        found = F.grid_sample(self.values(tokens).mT.unflatten(2, x.shape[2:]), at[:, None] * 2 - 1)
+        tokens = self.norm(tokens + self.back(found.squeeze(2).mT))
+        first, second, last = self.boxes
+        return self.classes(tokens), last(second(first(tokens).relu()).relu())
+
+
+def test_what_says_places_to_sample_makes_no_mlp() -> None:
+    roles = layer_roles(seeded(SampledTokens), images(2))
+    assert roles == {
+        "embed": ("patch_embed",),
+        **dict.fromkeys(("places", "moves", "values", "back"), ()),
+        **dict.fromkeys(("boxes.0", "boxes.1"), ("mlp",)),
+        **dict.fromkeys(("boxes.2", "classes"), ("classifier",)),
+    }
+
+
+def test_heads_with_and_without_hidden_layers_share_the_final_norm() -> None:
+    taps = tap_roles(seeded(SampledTokens), images(2))
+    assert [name for name, role in taps if role == "final_projection"] == ["norm"]
+
+
 MIXERS: tuple[type[TokenMixer], ...] = (
     TalkingHeads,
     LinearAttention,

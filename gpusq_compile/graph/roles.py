@@ -82,6 +82,13 @@ NORMALIZATIONS = {
     aten.rms_norm.default,
 }
 
+SAMPLERS = {
+    aten.grid_sampler.default,
+    aten.grid_sampler_2d.default,
+    aten.grid_sampler_3d.default,
+}
+"""They read values at places that other values say: neither goes on as it was."""
+
 SCALINGS = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.reshape.default}
 
 Roles = dict[torch.fx.Node, tuple[str, ...]]
@@ -189,6 +196,7 @@ class _Search:
             carries_values(node)
             and not mixes_channels(node)
             and node not in self.other_gemms
+            and node.target not in SAMPLERS
             and node not in self.attentions
             and node not in self.in_trunk
         )
@@ -224,6 +232,10 @@ class _Search:
             if user.target in ACTIVATIONS and self.within_branch(user):
                 return any(is_gemm(n) for n in walk_users(user, self.within_branch))
         return False
+
+    def has_activation_behind(self, node: torch.fx.Node) -> bool:
+        """Whether a GEMM is followed by an activation function before anything joins it."""
+        return any(user.target in ACTIVATIONS for user in walk_users(node, self.within_branch))
 
     def feeds_mlp(self, node: torch.fx.Node, found: dict[torch.fx.Node, list[str]]) -> bool:
         """Whether a GEMM feeds an `mlp` one: the ungated half of a gated unit (SwiGLU) does."""
@@ -346,12 +358,19 @@ class _Search:
         return carries_values(node) and not mixes_channels(node) and node not in self.in_trunk
 
     def final_projections(self, classifiers: list[torch.fx.Node]) -> list[torch.fx.Node]:
-        """The normalization that feeds each classifier; without one, what feeds it."""
+        """The normalization that feeds each classifier; without one, what feeds it.
+
+        A classifier with hidden layers (the boxes of a detector) is fed through these.
+        """
         starts = [node.args[0] for node in classifiers] or output_nodes(self.graph)
         found: list[torch.fx.Node] = []
         for start in starts:
             assert isinstance(start, torch.fx.Node)
-            upstream = [start, *(walk_inputs(start, self.within) if self.within(start) else ())]
+
+            def through(node: torch.fx.Node) -> bool:
+                return self.within(node) or (is_gemm(node) and self.has_activation_behind(node))
+
+            upstream = [start, *(walk_inputs(start, through) if through(start) else ())]
             norms = [node for node in upstream if node.target in NORMALIZATIONS]
             choice = norms[0] if norms else start
             if choice not in found:

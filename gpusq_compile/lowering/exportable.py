@@ -32,13 +32,20 @@ def check_exportable(graph: torch.fx.Graph, convention: CallConvention) -> None:
             )
     node = untranslatable(graph)
     if node is not None:
-        raise refusal(node, f"ONNX has no form of the operator '{operator_name(node)}'", WAY_OUT)
+        raise refusal(node, f"ONNX has no form of the operator '{full_name(node)}'", WAY_OUT)
     try:
         rehearse(graph, convention)
     except CheckFailed as error:
         raise InputError(
             "operator-unsupported", error.message, location=error.location, hint=error.hint
         ) from error
+
+
+def full_name(node: torch.fx.Node) -> str:
+    """An operator's name, with its namespace (`mine::warp`) where it is not PyTorch's own."""
+    space = getattr(node.target, "namespace", "aten")
+    name = operator_name(node)
+    return name if space == "aten" else f"{space}::{name}"
 
 
 def check_control_flow(graph: torch.fx.Graph) -> None:

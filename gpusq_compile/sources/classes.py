@@ -55,7 +55,8 @@ def match_classes(
     if outputs is None:
         outputs = {number: classes.first + i for i, number in enumerate(sorted(found))}
         how = "in order"
-    text = f"the {len(found)} classes of {what} are matched to {origin}'s {room} {how}"
+    those = "class of {0} is" if len(found) == 1 else f"{len(found)} classes of {{0}} are"
+    text = f"the {those.format(what)} matched to {origin}'s {room} {how}"
     # Folders are called by numbers on purpose; categories have ids whether or not they are meant.
     if classes.names and (how == "in order" or (how == "by number" and numbered)):
         text += "; by their names none is the model's, so accuracy means nothing unless it was "
