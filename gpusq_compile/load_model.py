@@ -94,11 +94,14 @@ def _load_file(path: Path) -> ModelSource:
 
 
 def _no_file(path: Path) -> InputError:
-    siblings = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
-    close = nearest(str(path), siblings)
-    if close is None and not path.parent.is_dir():
-        close = str(nearest_path(path) or "")
-    if close:
+    close: Path | None = None
+    if path.parent.is_dir():
+        # By its stem: every model file ends in .py.
+        siblings = {sibling.stem: sibling for sibling in path.parent.glob("*.py")}
+        close = siblings.get(nearest(path.stem, siblings) or "")
+    else:
+        close = nearest_path(path)
+    if close is not None:
         hint = f"did you mean {close}?"
     elif path.suffix or len(path.parts) > 1:
         hint = MODEL_FORMS
