@@ -16,7 +16,7 @@ from pathlib import Path
 
 from gpusq_compile.errors import InputError, relative_to_cwd
 from gpusq_compile.sources.json_files import JsonFile, read_json
-from gpusq_compile.sources.paths import nearest_path, typed_path, unreadable
+from gpusq_compile.sources.paths import check_readable, nearest_path, typed_path
 from gpusq_compile.sources.require import quiet_downloads, require
 
 CONFIG = "config.json"
@@ -48,8 +48,8 @@ def find(what: str) -> Place:
     """Find and read the configuration that `hf:WHAT` names.
 
     Raises:
-        InputError: there is none, it cannot be read, or its weights are pickled, cannot be read or
-            are not all there.
+        InputError: there is none, it cannot be read, or its weights are pickled or not all there.
+        OSError: the system does not let the weights be read.
     """
     path = typed_path(what)
     origin = f"hf:{what}"
@@ -78,11 +78,7 @@ def _has_weights(folder: Path) -> bool:
     """Whether a folder has safetensors weights; weights that only unpickling reads are an error."""
     found = sorted(folder.glob("*.safetensors"))
     for path in found:
-        # The libraries say of any file that they cannot open that it is not there.
-        try:
-            path.open("rb").close()
-        except OSError as error:
-            raise unreadable(path, error) from None
+        check_readable(path)
     if weight_files(folder) or found:
         return True
     pickled = [*folder.glob("pytorch_model*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
