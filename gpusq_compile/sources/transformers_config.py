@@ -55,12 +55,12 @@ def find(what: str) -> Place:
     origin = f"hf:{what}"
     if path.is_file():
         processor = path.with_name(PROCESSOR)
-        return Place(origin, read_json(path), str(path), None, _processor(processor))
+        return Place(origin, _read(path), str(path), None, _processor(processor))
     if path.is_dir():
         if not (path / CONFIG).is_file():
             raise InputError("config-missing", f"{path} has no {CONFIG}", hint=FORMS)
         weights = str(path) if _has_weights(path) else None
-        config = read_json(path / CONFIG)
+        config = _read(path / CONFIG)
         return Place(origin, config, str(path), weights, _processor(path / PROCESSOR))
     # A name of the hub looks like a path, but hardly like one whose folder is here.
     near = path.parent != Path() and path.parent.is_dir()
@@ -105,7 +105,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _shards(path: Path) -> list[Path]:
     """The files that an index of weights names."""
-    index = read_json(path)
+    index = _read(path)
     files = index.content.get("weight_map")
     if not isinstance(files, dict) or not files:
         raise InputError(
@@ -125,8 +125,12 @@ def _shards(path: Path) -> list[Path]:
     return [path.parent / name for name in names]
 
 
+def _read(path: Path) -> JsonFile:
+    return read_json(path, "config-not-json")
+
+
 def _processor(path: Path) -> JsonFile | None:
-    return read_json(path) if path.exists() else None
+    return _read(path) if path.exists() else None
 
 
 def _on_hub(origin: str, name: str) -> Place:
@@ -136,7 +140,7 @@ def _on_hub(origin: str, name: str) -> Place:
 
     def file(wanted: str) -> JsonFile | None:
         found = hub_file(name, wanted, offline=offline)
-        return None if found is None else read_json(found)
+        return None if found is None else _read(found)
 
     try:
         with quiet_downloads():
