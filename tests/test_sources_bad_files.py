@@ -441,7 +441,7 @@ def test_every_value_of_a_json_file_is_found_at_its_place(content: dict[str, Any
 def test_of_equal_keys_the_last_is_placed(tmp_path: Path) -> None:
     path = tmp_path / "twice.json"
     path.write_text('{\n  "a": 1,\n  "a": 2\n}')
-    file = read_json(path)
+    file = read_json(path, "config-not-json")
     assert file.content == {"a": 2}
     assert file.place("a").line == 3
     assert file.place("b") == Location(file.shown)

@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpusq_compile.errors import InputError
@@ -24,6 +25,8 @@ from gpusq_compile.model_source import ModelSource
 from gpusq_compile.sources.images import whole_image
 from gpusq_compile.sources.transformers_images import input_images
 from tests.tiny_transformers import config_of, save_config, save_model
+
+COMMIT = "a" * 40
 
 
 def outputs(source: ModelSource) -> Any:
@@ -287,28 +290,45 @@ class Hub(http.server.BaseHTTPRequestHandler):
     folder: Path
 
     def do_HEAD(self) -> None:
-        self.answer(b"")
+        self.answer(with_body=False)
 
     def do_GET(self) -> None:
-        self.answer(None)
+        self.answer(with_body=True)
 
-    def answer(self, body: bytes | None) -> None:
-        *repository, _, _, name = ["", "", *self.path.split("?")[0].strip("/").split("/")]
-        file = self.folder / name
-        known = repository[-2:] == ["tiny", "vit"]
-        status = 200 if self.path == "/" or (known and file.is_file()) else 404
-        content = file.read_bytes() if status == 200 and file.is_file() else b""
-        self.send_response(status)
-        if status == 404:
-            self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
-        self.send_header("X-Repo-Commit", "a" * 40)
-        self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
-        self.send_header("Content-Length", str(len(content)))
+    def answer(self, *, with_body: bool) -> None:
+        path = self.path.split("?")[0].strip("/")
+        content = self.content(path)
+        self.send_response(404 if content is None else 200)
+        if content is None:
+            self.send_header(
+                "X-Error-Code", "EntryNotFound" if "tiny/vit" in path else "RepoNotFound"
+            )
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("ETag", f'"{hashlib.sha1(content or b"").hexdigest()}"')
+        self.send_header("Content-Length", str(len(content or b"")))
         self.end_headers()
-        self.wfile.write(content if body is None else body)
+        if with_body:
+            self.wfile.write(content or b"")
+
+    def content(self, path: str) -> bytes | None:
+        """A file, the list of all files, or about the model; None for what there is not."""
+        if not path:
+            return b""
+        if path.startswith("api/models/tiny/vit/tree/"):
+            files = [file for file in self.folder.iterdir() if file.is_file()]
+            return json.dumps([entry(file) for file in files]).encode()
+        if path.startswith("api/models/tiny/vit/"):
+            return json.dumps({"id": "tiny/vit", "sha": COMMIT}).encode()
+        file = self.folder / path.rpartition("/")[2]
+        return file.read_bytes() if path.startswith("tiny/vit/") and file.is_file() else None
 
     def log_message(self, *args: Any) -> None:
         pass
+
+
+def entry(file: Path) -> dict[str, Any]:
+    """A file in the hub's list of a model's files."""
+    return {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": file.name}
 
 
 class TestHub:
@@ -342,6 +362,23 @@ class TestHub:
             loaded = source.module.state_dict()
             assert all(torch.equal(loaded[name], saved[name]) for name in saved)
             assert source.notes == []
+
+    def test_every_shard_of_the_weights_is_checked(
+        self, hub: http.server.HTTPServer, tmp_path: Path
+    ) -> None:
+        model = save_model("ViTForImageClassification", tmp_path / "vit")
+        (tmp_path / "vit" / "model.safetensors").unlink()
+        model.save_pretrained(tmp_path / "vit", max_shard_size="30KB")
+        shards = sorted((tmp_path / "vit").glob("model-*.safetensors"))
+        assert len(shards) > 1
+        state = load_file(shards[-1])
+        name = sorted(name for name in state if name.endswith("weight"))[0]
+        state[name] = state[name].to(torch.int8)
+        save_file(state, shards[-1], metadata={"format": "pt"})
+        for spec in ("hf:tiny/vit", f"hf:{tmp_path / 'vit'}"):
+            error = refused(spec)
+            assert error.code == "weights-mismatch"
+            assert f"1 of another type (first: {name} is I8" in error.message
 
     def test_an_unknown_name_is_an_error(self, hub: http.server.HTTPServer) -> None:
         error = refused("hf:tiny/other")

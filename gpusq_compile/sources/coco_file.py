@@ -15,7 +15,7 @@ from typing import Any
 
 from gpusq_compile.errors import InputError, Location, nearest, relative_to_cwd
 from gpusq_compile.sources.images import open_image
-from gpusq_compile.sources.json_files import JsonFile, read_object
+from gpusq_compile.sources.json_files import JsonFile, is_whole, read_json
 from gpusq_compile.sources.paths import nearest_path
 
 CODE = "data-not-coco"
@@ -64,7 +64,7 @@ def read_annotations(path: Path, images: Path) -> JsonFile:
         InputError: it is not of COCO's format, an id is there twice, a box is no box, or an image
             is not in the folder `images`; with the place in the file.
     """
-    file = read_object(path, CODE)
+    file = read_json(path, CODE)
     for what in LISTS:
         _check_list(file, what)
     ids = {what: _ids(file, what) for what in LISTS}
@@ -190,14 +190,14 @@ def _outline_fault(outline: Any, image: Entry) -> str | None:
     if not isinstance(outline, dict) or not {"size", "counts"} <= set(outline):
         return f"{reprlib.repr(outline)}, expected a list of polygons, or size and counts"
     size, counts = outline["size"], outline["counts"]
-    if not isinstance(size, list) or len(size) != 2 or not all(map(_is_whole, size)):
+    if not isinstance(size, list) or len(size) != 2 or not all(map(is_whole, size)):
         return f"its size is {reprlib.repr(size)}, expected [height, width]"
     real = [image["height"], image["width"]]
     if size != real:
         return f"it is of an image of {size[1]}x{size[0]}, and its image has {real[1]}x{real[0]}"
     if isinstance(counts, list):
         # The library writes past the end of the mask for longer ones.
-        if not all(_is_whole(count) and count >= 0 for count in counts):
+        if not all(is_whole(count) and count >= 0 for count in counts):
             return f"its counts are {reprlib.repr(counts)}, expected {WHOLE} for each run"
         if sum(counts) != size[0] * size[1]:
             return f"its counts are of {sum(counts)} pixels, and its image has {size[0] * size[1]}"
@@ -217,7 +217,7 @@ def _outside(polygons: list[list[float]], image: Entry) -> str | None:
 
 def place_of_image(path: Path, number: int) -> Location:
     """Where a file of annotations has the image of an id. Reads it again: it may be large."""
-    file = read_object(path, CODE)
+    file = read_json(path, CODE)
     index = next(i for i, entry in enumerate(file.content["images"]) if entry["id"] == number)
     return file.place("images", index)
 
@@ -251,7 +251,7 @@ def _check_names(file: JsonFile) -> None:
     found: dict[str, int] = {}
     for index, entry in enumerate(file.content["categories"]):
         name = entry.get("name", entry["id"])
-        if not isinstance(name, str) and not _is_whole(name):
+        if not isinstance(name, str) and not is_whole(name):
             raise _wrong(file, "categories", index, "name", "a text")
         # The categories of two files are matched by their names.
         if (other := found.setdefault(str(name), index)) != index:
@@ -264,7 +264,7 @@ def _check_image(file: JsonFile, index: int, images: Path) -> None:
     if not isinstance(name, str) or not name:
         raise _wrong(file, "images", index, "file_name", "a path within the folder of images")
     for key in ("width", "height"):
-        if key in entry and not (_is_whole(entry[key]) and entry[key] > 0):
+        if key in entry and not (is_whole(entry[key]) and entry[key] > 0):
             raise _wrong(file, "images", index, key, f"{WHOLE} of pixels above 0")
     path = images / name
     if path.is_file():
@@ -295,7 +295,7 @@ def _like(path: Path) -> Path | None:
 
 
 def _check_whole(file: JsonFile, what: str, index: int, key: str) -> None:
-    if not _is_whole(file.content[what][index].get(key)):
+    if not is_whole(file.content[what][index].get(key)):
         raise _wrong(file, what, index, key, WHOLE)
 
 
@@ -325,7 +325,7 @@ def _twice(file: JsonFile, what: str, index: int, key: str, other: int) -> Input
 
 
 def _named(what: str, index: int, entry: Entry) -> str:
-    if not _is_whole(entry.get("id")):
+    if not is_whole(entry.get("id")):
         return f"{what}[{index}]"
     return f"{SINGULAR[what]} {entry['id']}"
 
@@ -336,7 +336,3 @@ def _is_box(value: object) -> bool:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,12 +42,7 @@ class JsonFile:
         return _location(self.shown, self.text, position)
 
 
-def read_json(path: Path) -> JsonFile:
-    """Read a model's file that holds one JSON object; raises InputError as `read_object`."""
-    return read_object(path, "config-not-json")
-
-
-def read_object(path: Path, code: str) -> JsonFile:
+def read_json(path: Path, code: str) -> JsonFile:
     """Read a file that holds one JSON object.
 
     Args:
@@ -72,6 +68,26 @@ def read_object(path: Path, code: str) -> JsonFile:
     if not isinstance(content, dict):
         raise InputError(code, f"{shown} is no JSON object")
     return JsonFile(shown, text, content)
+
+
+def wrong_value(
+    file: JsonFile, code: str, keys: Sequence[str], expected: str, hint: str | None = None
+) -> InputError:
+    """The error for the value of a key, of a key in it, and so on, that is none of the expected."""
+    value: Any = file.content
+    for key in keys:
+        value = value[key]
+    return InputError(
+        code,
+        f"{'.'.join(keys)} is {json.dumps(value):.60}, expected {expected}",
+        location=file.place(*keys),
+        hint=hint,
+    )
+
+
+def is_whole(value: object) -> bool:
+    """Whether a value is a whole number in JSON, where true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _after_space(text: str, position: int) -> int:

@@ -42,6 +42,14 @@ def unreadable(path: Path, error: OSError) -> InputError:
     )
 
 
+def check_readable(path: Path) -> None:
+    """Raise the system's OSError for a file that it does not let be read.
+
+    The libraries' readers of weights say of any such file that it is not there.
+    """
+    path.open("rb").close()
+
+
 @contextmanager
 def readable_files() -> Iterator[None]:
     """Blame the file that a person named for what the system says of it."""

@@ -16,11 +16,12 @@ from pathlib import Path
 
 from gpusq_compile.errors import InputError, relative_to_cwd
 from gpusq_compile.sources.json_files import JsonFile, read_json
-from gpusq_compile.sources.paths import nearest_path, typed_path, unreadable
+from gpusq_compile.sources.paths import check_readable, nearest_path, typed_path
 from gpusq_compile.sources.require import quiet_downloads, require
 
 CONFIG = "config.json"
 PROCESSOR = "preprocessor_config.json"
+WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 HUB_TIMEOUT_S = 5.0
@@ -47,19 +48,19 @@ def find(what: str) -> Place:
     """Find and read the configuration that `hf:WHAT` names.
 
     Raises:
-        InputError: there is none, it cannot be read, or its weights are pickled, cannot be read or
-            are not all there.
+        InputError: there is none, it cannot be read, or its weights are pickled or not all there.
+        OSError: the system does not let the weights be read.
     """
     path = typed_path(what)
     origin = f"hf:{what}"
     if path.is_file():
         processor = path.with_name(PROCESSOR)
-        return Place(origin, read_json(path), str(path), None, _processor(processor))
+        return Place(origin, _read(path), str(path), None, _processor(processor))
     if path.is_dir():
         if not (path / CONFIG).is_file():
             raise InputError("config-missing", f"{path} has no {CONFIG}", hint=FORMS)
         weights = str(path) if _has_weights(path) else None
-        config = read_json(path / CONFIG)
+        config = _read(path / CONFIG)
         return Place(origin, config, str(path), weights, _processor(path / PROCESSOR))
     # A name of the hub looks like a path, but hardly like one whose folder is here.
     near = path.parent != Path() and path.parent.is_dir()
@@ -77,13 +78,8 @@ def _has_weights(folder: Path) -> bool:
     """Whether a folder has safetensors weights; weights that only unpickling reads are an error."""
     found = sorted(folder.glob("*.safetensors"))
     for path in found:
-        # The libraries say of any file that they cannot open that it is not there.
-        try:
-            path.open("rb").close()
-        except OSError as error:
-            raise unreadable(path, error) from None
-    _check_shards(folder)
-    if found:
+        check_readable(path)
+    if weight_files(folder) or found:
         return True
     pickled = [*folder.glob("pytorch_model*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
     if pickled:
@@ -96,12 +92,20 @@ def _has_weights(folder: Path) -> bool:
     return False
 
 
-def _check_shards(folder: Path) -> None:
-    """Raise InputError unless every file that an index of weights names is there."""
-    path = folder / INDEX
-    if not path.exists():
-        return
-    index = read_json(path)
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that the library reads in a folder: one, or those that an index names.
+
+    Raises:
+        InputError: the index cannot be read, or not every file that it names is there.
+    """
+    single = folder / WEIGHTS
+    shards = _shards(folder / INDEX) if (folder / INDEX).exists() else []
+    return [single] if single.is_file() else shards
+
+
+def _shards(path: Path) -> list[Path]:
+    """The files that an index of weights names."""
+    index = _read(path)
     files = index.content.get("weight_map")
     if not isinstance(files, dict) or not files:
         raise InputError(
@@ -110,31 +114,33 @@ def _check_shards(folder: Path) -> None:
             location=index.place("weight_map"),
             hint="copy the whole folder, or take the index away",
         )
-    names = {str(name) for name in files.values()}
-    if lost := sorted(name for name in names if not (folder / name).is_file()):
+    names = sorted({str(name) for name in files.values()})
+    if lost := [name for name in names if not (path.parent / name).is_file()]:
         raise InputError(
             "weights-missing",
             f"it names {lost[0]}, which is not there ({len(lost)} of {len(names)} files are not)",
             location=index.place("weight_map"),
             hint="copy the whole folder, or take the index away",
         )
+    return [path.parent / name for name in names]
+
+
+def _read(path: Path) -> JsonFile:
+    return read_json(path, "config-not-json")
 
 
 def _processor(path: Path) -> JsonFile | None:
-    return read_json(path) if path.exists() else None
+    return _read(path) if path.exists() else None
 
 
 def _on_hub(origin: str, name: str) -> Place:
     """A model of the hub, or of the local cache where the hub cannot be reached."""
     require("transformers")
-    hub = require("transformers.utils.hub")
     offline = not hub_reachable()
 
     def file(wanted: str) -> JsonFile | None:
-        found = hub.cached_file(
-            name, wanted, local_files_only=offline, _raise_exceptions_for_missing_entries=False
-        )
-        return None if found is None else read_json(Path(found))
+        found = hub_file(name, wanted, offline=offline)
+        return None if found is None else _read(found)
 
     try:
         with quiet_downloads():
@@ -153,6 +159,14 @@ def _on_hub(origin: str, name: str) -> Place:
             raise no_network(name)
         raise InputError("config-missing", f"'{name}' on the Hugging Face hub has no {CONFIG}")
     return Place(origin, config, name, name, processor, offline)
+
+
+def hub_file(name: str, wanted: str, *, offline: bool) -> Path | None:
+    """A file of a model of the hub, in the local cache; None where the model has none such."""
+    found = require("transformers.utils.hub").cached_file(
+        name, wanted, local_files_only=offline, _raise_exceptions_for_missing_entries=False
+    )
+    return None if found is None else Path(found)
 
 
 def hub_reachable() -> bool:

@@ -7,12 +7,11 @@ with a model is never run, and no weights are unpickled.
 from __future__ import annotations
 
 import inspect
-import json
 import re
 from typing import Any
 
 from gpusq_compile.errors import InputError, nearest
-from gpusq_compile.sources.json_files import JsonFile
+from gpusq_compile.sources.json_files import JsonFile, wrong_value
 from gpusq_compile.sources.losses import pixel_loss, transformers_detection_loss
 from gpusq_compile.sources.metrics import found_queries, pixel_accuracy
 from gpusq_compile.sources.model import PRETRAINED, Classes, LibraryModel, Task
@@ -24,6 +23,7 @@ from gpusq_compile.sources.transformers_outputs import take_pixels_alone
 from gpusq_compile.sources.transformers_processor import check_processor
 from gpusq_compile.sources.transformers_weights import blamed, build, reason
 
+INVALID = "config-invalid"
 AUTO_CLASSES = (
     "AutoModelForImageClassification",
     "AutoModelForObjectDetection",
@@ -34,7 +34,6 @@ AUTO_CLASSES = (
     "AutoBackbone",
 )
 """Tried in this order for a configuration that names no class of the library."""
-
 
 COUNTS = (
     "hidden_size",
@@ -131,7 +130,7 @@ def _configuration(place: Place) -> Any:
         return known[model_type].from_dict({**content, "return_dict": True})
     except Exception as error:
         raise InputError(
-            "config-invalid",
+            INVALID,
             f"transformers refuses the configuration of {place.origin}: "
             f"{type(error).__name__}: {reason(error)}",
             location=blamed(place.config, error),
@@ -144,30 +143,18 @@ def _check_config(file: JsonFile) -> None:
     if named is not None and not (
         isinstance(named, list) and all(isinstance(name, str) for name in named)
     ):
-        raise InputError(
-            "config-invalid",
-            f"architectures is {json.dumps(named):.60}, expected a list of names of classes",
-            location=file.place("architectures"),
-            hint=f'write ["{named}"]' if isinstance(named, str) else None,
-        )
+        hint = f'write ["{named}"]' if isinstance(named, str) else None
+        raise wrong_value(file, INVALID, ["architectures"], "a list of names of classes", hint)
     for key in COUNTS:
         count = file.content.get(key, 1)
         if isinstance(count, int) and count < 1:
-            raise InputError(
-                "config-invalid",
-                f"{key} is {json.dumps(count)}, expected a whole number above 0",
-                location=file.place(key),
-            )
+            raise wrong_value(file, INVALID, [key], "a whole number above 0")
     labels = file.content.get("id2label")
     if labels is not None and not (
         isinstance(labels, dict) and all(key.isdecimal() for key in labels)
     ):
-        raise InputError(
-            "config-invalid",
-            f"id2label is {json.dumps(labels):.60}, expected a name for each number of an output",
-            location=file.place("id2label"),
-            hint='write {"0": "cat", "1": "dog"}',
-        )
+        expected, hint = "a name for each number of an output", 'write {"0": "cat", "1": "dog"}'
+        raise wrong_value(file, INVALID, ["id2label"], expected, hint)
     quantized = file.content.get("quantization_config")
     if quantized is not None:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
@@ -264,7 +251,7 @@ def _with_loss(model: LibraryModel, config: Any, file: JsonFile) -> LibraryModel
     if sorted(names) != list(range(len(names))):
         lost = next(index for index in range(len(names)) if index not in names)
         raise InputError(
-            "config-invalid",
+            INVALID,
             f"id2label names {len(names)} outputs, so the model has those from 0 to "
             f"{len(names) - 1}; it names {max(names)} and not {lost}",
             location=file.place("id2label"),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
 from gpusq_compile.errors import InputError, nearest
-from gpusq_compile.sources.json_files import JsonFile
+from gpusq_compile.sources.json_files import JsonFile, is_whole, wrong_value
 
+CODE = "preprocessor-invalid"
 SWITCHES = ("do_center_crop", "do_flip_channel_order", "do_normalize", "do_rescale", "do_resize")
 SIZE_KEYS = (
     {"height", "width"},
@@ -41,7 +41,7 @@ def check_processor(file: JsonFile, channels: int) -> None:
     for key in ("size", "crop_size"):
         _check_size(file, key)
     resample = said.get("resample")
-    if resample is not None and not (_is_whole(resample) and 0 <= resample <= 5):
+    if resample is not None and not (is_whole(resample) and 0 <= resample <= 5):
         raise _wrong(file, "resample", f"Pillow's number of a filter: {FILTERS}")
     # Where the step is left out, the library does not look at its values.
     if said.get("do_rescale") or said.get("rescale_factor") is not None:
@@ -88,35 +88,24 @@ def _check_size(file: JsonFile, key: str) -> None:
             if name not in names:
                 close = nearest(name, names)
                 raise InputError(
-                    "preprocessor-invalid",
+                    CODE,
                     f"{key} has '{name}', expected {', '.join(names)}",
                     location=file.place(key, name),
                     hint=f"did you mean '{close}'?" if close else None,
                 )
-            if not _is_whole(value) or value <= 0:
+            if not is_whole(value) or value <= 0:
                 raise _wrong(file, key, "a whole number above 0", name)
         if set(given) not in SIZE_KEYS:
             raise _wrong(file, key, "height and width, or shortest_edge")
         return
     values = found if isinstance(found, list) and len(found) == 2 else [found]
-    if not all(_is_whole(value) and value > 0 for value in values):
+    if not all(is_whole(value) and value > 0 for value in values):
         raise _wrong(file, key, expected)
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _is_number(value: Any) -> bool:
-    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
+    return is_whole(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _wrong(file: JsonFile, key: str, expected: str, *inner: str) -> InputError:
-    value = file.content[key]
-    for name in inner:
-        value = value[name]
-    return InputError(
-        "preprocessor-invalid",
-        f"{'.'.join((key, *inner))} is {json.dumps(value):.60}, expected {expected}",
-        location=file.place(key, *inner),
-    )
+    return wrong_value(file, CODE, (key, *inner), expected)

@@ -10,8 +10,13 @@ from safetensors import SafetensorError
 
 from gpusq_compile.errors import InputError, Location
 from gpusq_compile.sources.json_files import JsonFile
-from gpusq_compile.sources.require import require
-from gpusq_compile.sources.transformers_config import INDEX, Place
+from gpusq_compile.sources.transformers_config import (
+    INDEX,
+    WEIGHTS,
+    Place,
+    hub_file,
+    weight_files,
+)
 from gpusq_compile.sources.weights import listed, misfit, read_weights, stored_types, wrong_types
 
 Notes = list[tuple[str, str]]
@@ -115,19 +120,14 @@ def _files(place: Place, file: Path | None) -> list[Path]:
     """The safetensors files that a model was loaded from, as far as they are here."""
     if file is not None:
         return [file]
-    folder = Path(str(place.weights))
-    if not folder.is_dir():
-        cached = require("transformers.utils.hub").cached_file(
-            place.weights,
-            "model.safetensors",
-            local_files_only=True,
-            _raise_exceptions_for_missing_entries=False,
-        )
-        return [Path(cached)] if cached else []
-    single = folder / "model.safetensors"
-    if single.is_file() or not (folder / INDEX).is_file():
-        return [single] if single.is_file() else []
-    return sorted(folder.glob("model-*.safetensors"))
+    name = str(place.weights)
+    if Path(name).is_dir():
+        return weight_files(Path(name))
+    for wanted in (WEIGHTS, INDEX):
+        # The cache has all files of a model in one folder.
+        if found := hub_file(name, wanted, offline=True):
+            return weight_files(found.parent)
+    return []
 
 
 def _not_built(place: Place, kind: Any, error: Exception) -> InputError:

@@ -9,7 +9,7 @@ import torch
 
 from gpusq_compile.errors import InputError, nearest
 from gpusq_compile.sources.model import PRETRAINED, LibraryModel
-from gpusq_compile.sources.paths import nearest_path, unreadable
+from gpusq_compile.sources.paths import check_readable, nearest_path
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 INDICES = ("I64", "BOOL")
@@ -21,7 +21,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file by name.
 
     Raises:
-        InputError: there is no such file, it cannot be read, or it is no safetensors file.
+        InputError: there is no such file, or it is no safetensors file.
+        OSError: the system does not let it be read.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -32,11 +33,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             f"no weights at {path}",
             hint=_weights_hint(path),
         )
-    try:
-        # The library says of any file that it cannot open that it is not there.
-        path.open("rb").close()
-    except OSError as error:
-        raise unreadable(path, error) from None
+    check_readable(path)
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
