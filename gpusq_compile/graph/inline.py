@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,13 +27,21 @@ def inline_disabled_autocast(graph_module: torch.fx.GraphModule) -> None:
         inner = graph_module.get_submodule(str(region.target))
         assert isinstance(inner, torch.fx.GraphModule)
         if not any(part.op in ("get_attr", "call_module") for part in inner.graph.nodes):
-            _inline(node, inner.graph, operands)
+            put_in_line(node, inner.graph, operands)
             if not region.users:
                 graph_module.graph.erase_node(region)
 
 
-def _inline(node: torch.fx.Node, inner: torch.fx.Graph, operands: list[Any]) -> None:
+def put_in_line(
+    node: torch.fx.Node, inner: torch.fx.Graph, operands: Sequence[Any]
+) -> list[torch.fx.Node]:
+    """Put the operators of `inner`, whose inputs are `operands`, in the place of a node.
+
+    Returns:
+        The operators as they stand there now.
+    """
     values: dict[torch.fx.Node, Any] = {}
+    made: list[torch.fx.Node] = []
     sources = iter(operands)
     result: Any = None
     with node.graph.inserting_before(node):
@@ -43,6 +52,7 @@ def _inline(node: torch.fx.Node, inner: torch.fx.Graph, operands: list[Any]) -> 
                 result = map_arg(part.args[0], lambda leaf: values[leaf])
             else:
                 values[part] = node.graph.node_copy(part, lambda leaf: values[leaf])
+                made.append(values[part])
     if isinstance(result, torch.fx.Node):
         node.replace_all_uses_with(result)
     else:
@@ -53,3 +63,4 @@ def _inline(node: torch.fx.Node, inner: torch.fx.Graph, operands: list[Any]) -> 
             user.replace_all_uses_with(result[index])
             node.graph.erase_node(user)
     node.graph.erase_node(node)
+    return made

@@ -7,7 +7,6 @@ table (PyTorch, "Export IR", core ATen decompositions), in milliseconds.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -20,6 +19,7 @@ from torch.onnx._internal.exporter import _decomp, _registration
 from torch.utils._pytree import tree_map_only
 
 from gpusq_compile.graph.edit import copy_provenance, fake_mode_of
+from gpusq_compile.graph.inline import put_in_line
 from gpusq_compile.lowering.to_onnx import OPSET
 from gpusq_compile.quantization.operators import DEQUANTIZE, QUANTIZE
 
@@ -102,31 +102,7 @@ def decompose(graph: torch.fx.Graph) -> int:
             continue
         parts = decomposition(node)
         if parts is not None:
-            _inline(node, parts)
+            for part in put_in_line(node, parts, node.all_input_nodes):
+                copy_provenance(node, part)
             count += 1
     return count
-
-
-def _inline(node: torch.fx.Node, parts: torch.fx.Graph) -> None:
-    graph = node.graph
-    values: dict[torch.fx.Node, torch.fx.Node] = {}
-    sources = iter(node.all_input_nodes)
-    result: Any = None
-    with graph.inserting_before(node):
-        for part in parts.nodes:
-            if part.op == "placeholder":
-                values[part] = next(sources)
-            elif part.op == "output":
-                result = map_arg(part.args[0], lambda leaf: values[leaf])
-            else:
-                values[part] = graph.node_copy(part, lambda leaf: values[leaf])
-                copy_provenance(node, values[part])
-    if isinstance(result, torch.fx.Node):
-        node.replace_all_uses_with(result)
-    else:
-        for user in list(node.users):
-            # An operator with several results is read by `getitem` alone.
-            assert user.target is operator.getitem
-            user.replace_all_uses_with(result[user.args[1]])
-            graph.erase_node(user)
-    graph.erase_node(node)
