@@ -20,6 +20,7 @@ from torch._dynamo.exc import UserError, UserErrorType
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from gpusq_compile.batch import describe
 from gpusq_compile.batch_inputs import moved, size_of
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.data import some_batches
@@ -122,7 +123,7 @@ def check_outputs(outputs: Any, again: Any, place: Location | None = None) -> li
     tensors = [leaf for leaf in tree_leaves(outputs) if torch.is_tensor(leaf)]
     repeated = [leaf for leaf in tree_leaves(again) if torch.is_tensor(leaf)]
     if not any(tensor.ndim for tensor in tensors):
-        found = f"a number, {form(tensors[0])}" if tensors else described(outputs)
+        found = f"a number, {describe(tensors[0])}" if tensors else described(outputs)
         raise InputError(
             "outputs-kind",
             f"forward() returns {found}; expected tensors with the batch first",
@@ -143,11 +144,11 @@ def check_outputs(outputs: Any, again: Any, place: Location | None = None) -> li
             raise InputError(
                 "outputs-not-finite", f"output {index} of the model is NaN or infinite"
             )
-        if form(first) != form(second):
+        if describe(first) != describe(second):
             raise InputError(
                 "not-deterministic",
-                f"two runs on the same inputs give {form(first)} and {form(second)} for output "
-                f"{index}",
+                f"two runs on the same inputs give {describe(first)} and {describe(second)} for "
+                f"output {index}",
                 location=place,
                 hint=stateful,
             )
@@ -158,11 +159,6 @@ def check_outputs(outputs: Any, again: Any, place: Location | None = None) -> li
                 hint="dropout and noise must follow self.training, which is off here",
             )
     return tensors
-
-
-def form(tensor: torch.Tensor) -> str:
-    """A tensor's type and sizes: `float32 [2, 10]`."""
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def _takes(compilation: Compilation, inputs: tuple[Any, ...]) -> bool:
@@ -190,8 +186,9 @@ def check_unbatched(compilation: Compilation) -> None:
         return
     raise InputError(
         "example-inputs",
-        f"example_inputs() returned {', '.join(map(form, given))}, whose first dimension is taken "
-        f"for the batch; forward() takes {', '.join(form(value[:1]) for value in batched)}",
+        f"example_inputs() returned {', '.join(map(describe, given))}, whose first dimension is "
+        "taken for the batch; forward() takes "
+        f"{', '.join(describe(value[:1]) for value in batched)}",
         location=source.place("example_inputs"),
         hint="put the batch in front: `image.unsqueeze(0)`, or `torch.randn(1, 3, 224, 224)`",
     )

@@ -23,7 +23,7 @@ from gpusq_compile.sources.transformers_outputs import take_pixels_alone
 from gpusq_compile.sources.transformers_processor import check_processor
 from gpusq_compile.sources.transformers_weights import blamed, build, reason
 
-INVALID = "config-invalid"
+CONFIG_INVALID = "config-invalid"
 AUTO_CLASSES = (
     "AutoModelForImageClassification",
     "AutoModelForObjectDetection",
@@ -130,7 +130,7 @@ def _configuration(place: Place) -> Any:
         return known[model_type].from_dict({**content, "return_dict": True})
     except Exception as error:
         raise InputError(
-            INVALID,
+            CONFIG_INVALID,
             f"transformers refuses the configuration of {place.origin}: "
             f"{type(error).__name__}: {reason(error)}",
             location=blamed(place.config, error),
@@ -144,17 +144,19 @@ def _check_config(file: JsonFile) -> None:
         isinstance(named, list) and all(isinstance(name, str) for name in named)
     ):
         hint = f'write ["{named}"]' if isinstance(named, str) else None
-        raise wrong_value(file, INVALID, ["architectures"], "a list of names of classes", hint)
+        raise wrong_value(
+            file, CONFIG_INVALID, ["architectures"], "a list of names of classes", hint
+        )
     for key in COUNTS:
         count = file.content.get(key, 1)
         if isinstance(count, int) and count < 1:
-            raise wrong_value(file, INVALID, [key], "a whole number above 0")
+            raise wrong_value(file, CONFIG_INVALID, [key], "a whole number above 0")
     labels = file.content.get("id2label")
     if labels is not None and not (
         isinstance(labels, dict) and all(key.isdecimal() for key in labels)
     ):
         expected, hint = "a name for each number of an output", 'write {"0": "cat", "1": "dog"}'
-        raise wrong_value(file, INVALID, ["id2label"], expected, hint)
+        raise wrong_value(file, CONFIG_INVALID, ["id2label"], expected, hint)
     quantized = file.content.get("quantization_config")
     if quantized is not None:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
@@ -251,7 +253,7 @@ def _with_loss(model: LibraryModel, config: Any, file: JsonFile) -> LibraryModel
     if sorted(names) != list(range(len(names))):
         lost = next(index for index in range(len(names)) if index not in names)
         raise InputError(
-            INVALID,
+            CONFIG_INVALID,
             f"id2label names {len(names)} outputs, so the model has those from 0 to "
             f"{len(names) - 1}; it names {max(names)} and not {lost}",
             location=file.place("id2label"),

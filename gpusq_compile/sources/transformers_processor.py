@@ -8,7 +8,7 @@ from typing import Any
 from gpusq_compile.errors import InputError, nearest
 from gpusq_compile.sources.json_files import JsonFile, is_whole, wrong_value
 
-CODE = "preprocessor-invalid"
+PROCESSOR_INVALID = "preprocessor-invalid"
 SWITCHES = ("do_center_crop", "do_flip_channel_order", "do_normalize", "do_rescale", "do_resize")
 SIZE_KEYS = (
     {"height", "width"},
@@ -88,7 +88,7 @@ def _check_size(file: JsonFile, key: str) -> None:
             if name not in names:
                 close = nearest(name, names)
                 raise InputError(
-                    CODE,
+                    PROCESSOR_INVALID,
                     f"{key} has '{name}', expected {', '.join(names)}",
                     location=file.place(key, name),
                     hint=f"did you mean '{close}'?" if close else None,
@@ -108,4 +108,4 @@ def _is_number(value: Any) -> bool:
 
 
 def _wrong(file: JsonFile, key: str, expected: str, *inner: str) -> InputError:
-    return wrong_value(file, CODE, (key, *inner), expected)
+    return wrong_value(file, PROCESSOR_INVALID, (key, *inner), expected)
