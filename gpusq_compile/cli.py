@@ -24,6 +24,7 @@ import click
 
 from gpusq_compile import __version__
 from gpusq_compile.allocator import keep_freed_memory
+from gpusq_compile.collector import collect_rarely
 from gpusq_compile.console import Console, write_out
 from gpusq_compile.errors import (
     EXIT_INTERNAL,
@@ -178,6 +179,7 @@ def compile_command(options: dict[str, Any], console: Console, stdout: TextIO) -
     with console.busy("importing torch"):
         from gpusq_compile.api import compile_model
         from gpusq_compile.passes import PIPELINE
+    collect_rarely()
 
     remarks = options["remarks"]
     questions = Questions(
