@@ -56,7 +56,7 @@ def user_error(error: BaseException, path: Path | None, what: str, code: str) ->
     neither this package's nor an installed library's; no location when there is none.
     """
     frames = traceback.extract_tb(error.__traceback__)
-    outside = [frame for frame in frames if is_users(Path(frame.filename))]
+    outside = [frame for frame in frames if is_users(frame.filename)]
     own = [frame for frame in outside if path and _same_file(Path(frame.filename), path)]
     message = f"{what} raised {_error_text(error, outside)}"
     if not outside:
@@ -81,19 +81,20 @@ def _error_text(error: BaseException, frames: list[traceback.FrameSummary]) -> s
 
 
 @cache
-def is_users(file: Path) -> bool:
-    """Whether a file is neither this package's, nor an installed library's, nor Python's own.
+def is_users(file: str) -> bool:
+    """Whether a frame's file is neither this package's, an installed library's nor Python's own.
 
     Kept for each file: it is asked of every frame of every node, and looks at the file system.
     """
-    if file.name.startswith("<"):
+    path = Path(file)
+    if path.name.startswith("<"):
         return False
     stdlib = Path(sysconfig.get_path("stdlib")).resolve()
-    resolved = file.resolve()
+    resolved = path.resolve()
     return (
         not {"site-packages", "dist-packages"} & set(resolved.parts)
         and not any(folder in resolved.parents for folder in (OURS, stdlib))
-        and OURS not in file.parents
+        and OURS not in path.parents
     )
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.fx
 
 from gpusq_compile.compilation import Compilation
-from gpusq_compile.graph.channels import NotTraced, Sizes, concrete_sizes, own_tensor
+from gpusq_compile.graph.channels import NotTraced, Sizes, Stored, concrete_sizes
 from gpusq_compile.graph.producers import InputChannels, trace_back
 from gpusq_compile.graph.query import aten, tensor_attribute, value_dependent, weight_source
 from gpusq_compile.graph.roles import residual_adds
@@ -54,13 +54,14 @@ def run(compilation: Compilation) -> PassResult:
     if not asked:
         return result
     result.matched = len(asked)
+    stored = Stored(graph_module)
     sizes = concrete_sizes(graph)
     residuals = set(residual_adds(graph, value_dependent(graph)))
     generator = torch.Generator().manual_seed(compilation.options.seed)
     free = []
     for node, plan in asked:
         try:
-            free.append((node, plan, *reorderable(graph_module, node, plan, sizes, residuals)))
+            free.append((node, plan, *reorderable(stored, node, plan, sizes, residuals)))
         except NotTraced as reason:
             result.skipped += 1
             text = f"its input channels keep their order: {reason}"
@@ -79,7 +80,7 @@ def run(compilation: Compilation) -> PassResult:
 
 
 def reorderable(
-    graph_module: torch.fx.GraphModule,
+    stored: Stored,
     node: torch.fx.Node,
     plan: LayerPlan,
     sizes: Sizes,
@@ -92,12 +93,12 @@ def reorderable(
     """
     if plan.op != "linear":
         raise NotTraced("only a linear's can change places")
-    own_tensor(graph_module, weight_source(node) or node)
+    stored.own(weight_source(node) or node)
     channels = trace_back(node, sizes, residuals)
-    return channels, [rows_of(graph_module, producer.node) for producer in channels.producers]
+    return channels, [rows_of(stored, producer.node) for producer in channels.producers]
 
 
-def rows_of(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> Rows:
+def rows_of(stored: Stored, node: torch.fx.Node) -> Rows:
     """The stored tensors of a linear's output channels.
 
     Raises:
@@ -109,9 +110,7 @@ def rows_of(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> Rows:
     if isinstance(bias, torch.fx.Node):
         joined = bias.target is aten.cat.default and len(bias.users) == 1
         parts = list(bias.all_input_nodes) if joined else [bias]
-    return Rows(
-        own_tensor(graph_module, weight), tuple(own_tensor(graph_module, part) for part in parts)
-    )
+    return Rows(stored.own(weight), tuple(stored.own(part) for part in parts))
 
 
 def input_squares(

@@ -22,12 +22,12 @@ from gpusq_compile.errors import InputError
 from gpusq_compile.graph.channels import (
     NotTraced,
     Sizes,
+    Stored,
     channels_of,
     concrete_sizes,
     from_source,
     moves_data,
     name_of,
-    own_tensor,
     readings,
 )
 from gpusq_compile.graph.query import aten, tensor_attribute, weight_source
@@ -70,12 +70,13 @@ def run(compilation: Compilation) -> PassResult:
             asked.setdefault(source_of(node), []).append(plan)
     if not asked:
         return result
+    stored = Stored(graph_module)
     sizes = concrete_sizes(graph_module.graph)
     sites = []
     for source, plans in asked.items():
         result.matched += len(plans)
         try:
-            sites.append(site_of(graph_module, source, sizes))
+            sites.append(site_of(stored, source, sizes))
         except NotTraced as reason:
             result.skipped += len(plans)
             text = f"its input keeps the spread that it has: {reason}"
@@ -102,7 +103,7 @@ def source_of(node: torch.fx.Node) -> torch.fx.Node:
     return source
 
 
-def site_of(graph_module: torch.fx.GraphModule, node: torch.fx.Node, sizes: Sizes) -> Site:
+def site_of(stored: Stored, node: torch.fx.Node, sizes: Sizes) -> Site:
     """The LayerNorm with everything that reads it.
 
     Raises:
@@ -119,8 +120,8 @@ def site_of(graph_module: torch.fx.GraphModule, node: torch.fx.Node, sizes: Size
         raise NotTraced("its LayerNorm has no weight that could take the scale")
     if not isinstance(shape, (list, tuple)) or len(shape) != 1:
         raise NotTraced("its LayerNorm normalizes over several axes")
-    stored = own_tensor(graph_module, weight)
-    shift = own_tensor(graph_module, bias) if isinstance(bias, torch.fx.Node) else None
+    scale = stored.own(weight)
+    shift = stored.own(bias) if isinstance(bias, torch.fx.Node) else None
     readers, alphas = [], set()
     for reading in readings({node: (from_source(node, sizes),)}, sizes):
         plan = reading.user.meta.get(PLAN)
@@ -134,12 +135,12 @@ def site_of(graph_module: torch.fx.GraphModule, node: torch.fx.Node, sizes: Size
         source = weight_source(reading.user)
         if source is None:
             raise NotTraced(f"the weight of {name} is computed in the graph")
-        own_tensor(graph_module, source)
+        stored.own(source)
         alphas.add(plan.quantize.smooth)
         readers.append(Reader(reading.user, plan, channels_of(reading.value[0])))
     if len(alphas) > 1:
         raise NotTraced(f"the layers that read it ask for different values: {sorted(alphas)}")
-    return Site(node, stored, shift, tuple(readers), alphas.pop())
+    return Site(node, scale, shift, tuple(readers), alphas.pop())
 
 
 def output_ranges(compilation: Compilation, sites: list[Site]) -> dict[torch.fx.Node, torch.Tensor]:

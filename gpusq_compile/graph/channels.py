@@ -9,6 +9,7 @@ flat index over the producer's other axes.
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -257,28 +258,32 @@ def readings(
     return found
 
 
-def readers_of(graph_module: torch.fx.GraphModule, path: str) -> int:
-    """How many operators read the stored tensor at `path`, under this name or another one."""
-    tensor = tensor_attribute(graph_module, path)
-    return sum(
-        len(node.users)
-        for node in graph_module.graph.nodes
-        if node.op == "get_attr"
-        and tensor_attribute(graph_module, str(node.target)).data_ptr() == tensor.data_ptr()
-    )
+class Stored:
+    """The tensors that a graph stores, and how many operators read each, under whatever name.
 
-
-def own_tensor(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> torch.Tensor:
-    """The stored tensor that a `get_attr` node reads.
-
-    Raises:
-        NotTraced: the graph computes it, or other operators read it too.
+    Looked up once: a layer at a time, a graph of many layers would be walked as many times.
     """
-    if node.op != "get_attr":
-        raise NotTraced(f"the graph computes {node.name}, which should be a stored tensor")
-    if readers_of(graph_module, str(node.target)) > 1:
-        raise NotTraced(f"several operators read {node.target}")
-    return tensor_attribute(graph_module, str(node.target)).detach()
+
+    def __init__(self, graph_module: torch.fx.GraphModule) -> None:
+        self._tensors: dict[torch.fx.Node, torch.Tensor] = {}
+        self._readers: Counter[int] = Counter()
+        for node in graph_module.graph.find_nodes(op="get_attr"):
+            tensor = tensor_attribute(graph_module, str(node.target))
+            self._tensors[node] = tensor
+            self._readers[tensor.data_ptr()] += len(node.users)
+
+    def own(self, node: torch.fx.Node) -> torch.Tensor:
+        """The stored tensor that a `get_attr` node reads.
+
+        Raises:
+            NotTraced: the graph computes it, or other operators read it too.
+        """
+        if node.op != "get_attr":
+            raise NotTraced(f"the graph computes {node.name}, which should be a stored tensor")
+        tensor = self._tensors[node]
+        if self._readers[tensor.data_ptr()] > 1:
+            raise NotTraced(f"several operators read {node.target}")
+        return tensor.detach()
 
 
 def name_of(node: torch.fx.Node) -> str:

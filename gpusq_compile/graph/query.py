@@ -206,9 +206,11 @@ def place_in(stack_trace: str) -> Location | None:
     frames = [(match["file"], int(match["line"])) for match in _FRAME.finditer(stack_trace)]
     if not frames:
         return None
-    own = [frame for frame in frames if is_users(Path(frame[0]))]
-    library = [frame for frame in frames if "torch" not in Path(frame[0]).parts]
-    file, line = (own or library or frames)[-1]
+    file, line = (
+        [frame for frame in frames if is_users(frame[0])]
+        or [frame for frame in frames if "torch" not in Path(frame[0]).parts]
+        or frames
+    )[-1]
     return Location(relative_to_cwd(Path(file)), line)
 
 
