@@ -11,6 +11,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+import torch.nn.functional as F
 from onnx import TensorProto, helper
 from onnx_ir.passes.common import TopologicalSortPass
 from onnxruntime.transformers.float16 import convert_float_to_float16
@@ -23,7 +24,7 @@ from gpusq_compile.lowering.precision import float32_only, to_half
 from gpusq_compile.lowering.runtime import open_session, placed, run_session
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.passes.build_engine import WAY_OUT
-from tests.compilations import begin, make_rules, run_until
+from tests.compilations import begin, make_rules, outputs, run_until, targets
 from tests.models import noise, seeded
 
 NOTHING: dict[str, Any] = {"id": "all", "match": {"op": "linear"}, "quantize": "none"}
@@ -248,8 +249,37 @@ def test_a_mean_whose_sum_half_has_no_room_for_is_finite_at_every_step(tmp_path:
         found = start.scatter_reduce(1, index, large, "mean", include_self=False)
         return x + found.unsqueeze(-1) / 4500.0
 
+    check_halves(mean, tmp_path)
+
+
+def by_hand(x: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+SQUARES: dict[str, Callable[[Tensor], Tensor]] = {
+    "RMSNorm": nn.RMSNorm(32),
+    "a variance": by_hand,
+    "a norm": lambda x: F.normalize(x, dim=-1),
+    "a norm with a root": lambda x: x / (x * x).sum(-1, keepdim=True).sqrt(),
+}
+
+
+@pytest.mark.parametrize("how", SQUARES)
+def test_squares_that_half_has_no_room_for_are_finite_at_every_step(
+    how: str, tmp_path: Path
+) -> None:
+    def large(x: Tensor) -> Tensor:
+        return SQUARES[how](400.0 * x)
+
+    check_halves(large, tmp_path)
+
+
+def check_halves(compute: Callable[[Tensor], Tensor], workdir: Path) -> None:
+    """Compile to FP16, and look whether each value in half is finite and the output right."""
     pixels = noise(2, 4, 32)
-    given = begin(seeded(Odd, mean), pixels, make_rules(NOTHING, precision="fp16"), tmp_path)
+    given = begin(seeded(Odd, compute), pixels, make_rules(NOTHING, precision="fp16"), workdir)
+    expected = given.network.root(pixels)
     model = run_until(given, "set_precision").onnx_model
     assert model is not None
     kinds = {v.name: v.type.tensor_type.elem_type for v in model.graph.value_info}
@@ -264,8 +294,31 @@ def test_a_mean_whose_sum_half_has_no_room_for_is_finite_at_every_step(tmp_path:
     for name in halves:
         model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT16, None))
     session = open_session(model.SerializeToString(), runs=1)
-    for found in run_session(session, [pixels]):
+    result, *steps = run_session(session, [pixels])
+    torch.testing.assert_close(result, expected, rtol=1e-2, atol=1e-2)
+    for found in steps:
         assert bool(found.isfinite().all())
+
+
+@pytest.mark.parametrize("reduce", ["amax", "amin"])
+def test_the_largest_of_nothing_but_infinities_is_one_in_the_file_too(
+    reduce: str, tmp_path: Path
+) -> None:
+    lost = -torch.inf if reduce == "amax" else torch.inf
+
+    def segments(x: Tensor) -> Tensor:
+        index = torch.zeros_like(x, dtype=torch.int64)
+        source = x.masked_fill(x > -torch.inf, lost)
+        found = x.scatter_reduce(2, index, source, reduce, include_self=False)
+        return torch.where(found == lost, 2.0, found)
+
+    model = seeded(Odd, segments)
+    pixels = noise(2, 4, 32)
+    compilation = run_until(begin(model, pixels, make_rules(NOTHING), tmp_path), "trace")
+    expected = outputs(compilation)[0]
+    run_until(compilation, "canonicalize")
+    assert "aten.where.self" in targets(compilation)
+    assert torch.equal(outputs(compilation)[0], expected)
 
 
 @pytest.mark.parametrize("how", ["scatter", "scatter_add", "scatter_reduce"])

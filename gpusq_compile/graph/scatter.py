@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from gpusq_compile.errors import InputError
 from gpusq_compile.graph.edit import insert_call
 from gpusq_compile.graph.query import aten, place_of, static_shape
 
-NEUTRAL = {"sum": 0.0, "prod": 1.0}
+NEUTRAL = {"sum": 0.0, "prod": 1.0, "amax": -math.inf, "amin": math.inf}
 """What a place starts from that does not count itself."""
 
 
@@ -47,8 +48,8 @@ def spell_out_scatter(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -
     """`scatter_reduce` of a mean, or without what is there -> scatters that add, and `where`.
 
     ONNX's ScatterElements adds, multiplies, or takes the largest or smallest, always together with
-    what is there; the exporter drops what else is asked for. `amax` and `amin` without what is
-    there start from the value that loses against any.
+    what is there, and has no mean. Of floats, `amax` and `amin` without what is there start from
+    the infinity that loses against any; integers are left to the exporter.
 
     Raises:
         InputError: a mean of integers, which rounds as nothing in ONNX does.
@@ -91,9 +92,7 @@ def spell_out_scatter(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -
             parts = call(aten.div.Tensor, source, share_of_each)
             result = call(aten.scatter_add.default, start, dim, index, parts)
         else:
-            largest = torch.finfo(value.dtype).max
-            first = {**NEUTRAL, "amax": -largest, "amin": largest}[reduce]
-            start = call(aten.full_like.default, base, first)
+            start = call(aten.full_like.default, base, NEUTRAL[reduce])
             result = call(aten.scatter_reduce.two, start, dim, index, source, reduce)
         if not includes_self:
             hit = call(aten.gt.Scalar, count, 0.0)

@@ -11,6 +11,14 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from gpusq_compile.lowering.to_onnx import OPSET
 
 
+CAST_TO_HALF, CAST_TO_FLOAT = "_cast_to_fp16_node", "_cast_to_fp32_node"
+"""How the names end of the casts that the conversion puts around an operator in FP32."""
+
+ROOTS = frozenset({"Add", "Mul", "Sqrt", "Reciprocal", "Pow", "Max", "Clip"})
+"""What comes between a sum of squares and a number of the size of what was squared, where all that
+it reads else is stored."""
+
+
 def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
     """Convert every float tensor to FP16; graph inputs and outputs stay FP32 behind one Cast each.
 
@@ -19,7 +27,7 @@ def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     own_scales(model)
     name_zeros(model)
-    summing = name_summing(model)
+    exact = name_summing(model) + name_squares(model)
     half = convert_float_to_float16(
         model,
         keep_io_types=True,
@@ -27,9 +35,10 @@ def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
         force_fp16_initializers=True,
         # The default list leaves operators in FP32 that TensorRT runs in FP16.
         op_block_list=float32_only({node.op_type for node in model.graph.node}),
-        node_block_list=summing,
+        node_block_list=exact,
     )
     drop_repeated(half.graph)
+    drop_round_trips(half.graph)
     converted = ir.from_proto(half)
     common_passes.TopologicalSortPass()(converted)
     proto: onnx.ModelProto = ir.to_proto(converted)
@@ -77,6 +86,27 @@ def drop_repeated(graph: onnx.GraphProto) -> None:
         known.add(value.name)
 
 
+def drop_round_trips(graph: onnx.GraphProto) -> None:
+    """Hand on as it is what one operator in FP32 makes for another.
+
+    The conversion casts it to half and back in between, for each of them by itself.
+    """
+    down = {n.output[0]: n for n in graph.node if n.name.endswith(CAST_TO_HALF)}
+    up = [n for n in graph.node if n.name.endswith(CAST_TO_FLOAT) and n.input[0] in down]
+    exact = {n.output[0]: down[n.input[0]].input[0] for n in up}
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            if name in exact:
+                node.input[index] = exact[name]
+    for node in up:
+        graph.node.remove(node)
+    read = {name for node in graph.node for name in node.input}
+    read |= {value.name for value in graph.output}
+    for name, node in down.items():
+        if name not in read:
+            graph.node.remove(node)
+
+
 def name_summing(model: onnx.ModelProto) -> list[str]:
     """The names of the scatters that add or multiply what meets at one place, under new ones where
     they have none.
@@ -91,6 +121,55 @@ def name_summing(model: onnx.ModelProto) -> list[str]:
             node.name = node.name or f"scatter_{index}"
             found.append(node.name)
     return found
+
+
+def name_squares(model: onnx.ModelProto) -> list[str]:
+    """The names of what takes the mean or the sum of squares, of the squares themselves and of the
+    root that follows, under new ones where they have none.
+
+    Half has no room for the square of 256, which an activation in front of a normalization may
+    well be. LayerNormalization knows that by itself; RMSNorm and norms in a model's own words do
+    not.
+    """
+    stored = {tensor.name for tensor in model.graph.initializer}
+    makers = {name: node for node in model.graph.node for name in node.output}
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    found: dict[int, onnx.NodeProto] = {}
+    for node in model.graph.node:
+        square = makers.get(node.input[0]) if node.input else None
+        if node.op_type in ("ReduceMean", "ReduceSum"):
+            if square is None or not is_square(square, model):
+                continue
+            found[id(square)] = square
+        elif node.op_type not in ("ReduceL2", "ReduceSumSquare"):
+            continue
+        queue = [node]
+        for current in queue:
+            found[id(current)] = current
+            queue += [
+                reader
+                for name in current.output
+                for reader in readers.get(name, ())
+                if reader.op_type in ROOTS
+                and id(reader) not in found
+                and all(other == name or other in stored for other in reader.input)
+            ]
+    for index, node in enumerate(found.values()):
+        node.name = node.name or f"square_{index}"
+    return [node.name for node in found.values()]
+
+
+def is_square(node: onnx.NodeProto, model: onnx.ModelProto) -> bool:
+    """Whether a node multiplies a tensor with itself."""
+    if node.op_type == "Mul":
+        return bool(node.input[0] == node.input[1])
+    if node.op_type != "Pow":
+        return False
+    exponents = [t for t in model.graph.initializer if t.name == node.input[1]]
+    return any((onnx.numpy_helper.to_array(tensor) == 2).all() for tensor in exponents)
 
 
 def float32_only(operators: set[str]) -> list[str]:
