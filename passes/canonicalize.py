@@ -4,13 +4,12 @@ Needs `graph`. Rewrites, each exact:
 - `dropout` in eval mode, `alias`, `detach`, `contiguous`, a cast to the same type -> nothing;
 - a slice of the whole -> nothing, one part of a stack -> that part, `copy` -> what is copied;
 - `view` -> `reshape`, which is legal for every stride that later rewrites may leave behind;
-- products in other words (`baddbmm`, an `einsum` of two factors) -> `matmul`, and products with a
-  stored weight (`x @ w.T`, `addmm`, an `einsum`) -> `linear`, so that attention and GEMMs have one
-  form; a weight that is turned before is stored as [out, in];
+- products in other words (`baddbmm`, `tensordot`, an `einsum` of two factors) -> `matmul`, and
+  products with a stored weight (`x @ w.T`, `addmm`, an `einsum`) -> `linear`, so that attention and
+  GEMMs have one form; a weight that is turned before is stored as [out, in];
 - fused attention on other than four axes -> on four, all that an engine knows, or spelled out;
 - patches summed into a map (`nn.Fold`) -> a permutation or a transposed convolution, which engines
   know;
-- `rms_norm` -> its products, since ONNX has no form of it up to our opset;
 - `scatter_reduce` of a mean, or without what is there -> scatters that add; of a source larger than
   its index -> of the part that the index reaches;
 - a non-overlapping convolution (kernel = stride, no padding) -> patches @ linear, so that a patch
@@ -34,8 +33,11 @@ from gpusq_compile.compilation import Compilation
 from gpusq_compile.graph.attention import fused_arguments
 from gpusq_compile.graph.col2im import spell_out_fold
 from gpusq_compile.graph.edit import bypass, finish, insert_call, insert_get_attr, set_tensor
-from gpusq_compile.graph.einsum import einsum_to_linear, einsum_to_matmul
-from gpusq_compile.graph.norms import spell_out_rms_norm
+from gpusq_compile.graph.einsum import (
+    einsum_to_linear,
+    einsum_to_matmul,
+    tensordot_to_einsum,
+)
 from gpusq_compile.graph.one_form import (
     ENGINE_AXES,
     attention_to_four_axes,
@@ -66,6 +68,11 @@ CONVOLUTIONS: dict[object, int] = {
     aten.conv3d.default: 3,
 }
 """With the axes that each goes over."""
+PADDED_BY_NAME: dict[object, Any] = {
+    aten.conv1d.padding: aten.conv1d.default,
+    aten.conv2d.padding: aten.conv2d.default,
+    aten.conv3d.padding: aten.conv3d.default,
+}
 IMAGE_AXES = 2
 IDENTITIES = {
     aten.dropout.default,
@@ -329,23 +336,26 @@ def patchify(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> str | N
 
 
 def pad_numerically(node: torch.fx.Node) -> None:
-    """`conv2d(padding="valid" | "same")` -> `conv2d` with the padding as numbers, where it is even.
+    """`conv2d(padding="valid" | "same")` -> `conv2d` with the padding as numbers, where it is even;
+    `conv1d` and `conv3d` likewise.
 
     An uneven "same" (an even kernel) pads one side more, which numbers cannot say: left as it is.
     """
-    if node.target is not aten.conv2d.padding:
+    if node.target not in PADDED_BY_NAME:
         return
+    numerically = PADDED_BY_NAME[node.target]
+    axes = CONVOLUTIONS[numerically]
     arguments = [*node.args, *([None, 1, "valid", 1, 1][len(node.args) - 2 :])]
     weight = arguments[1]
     assert isinstance(weight, torch.fx.Node)
     kernel = [int(size) for size in (shape_of(weight) or ())[2:]]
-    dilation = _sizes(arguments[5], IMAGE_AXES)
+    dilation = _sizes(arguments[5], axes)
     reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     if arguments[4] == "same" and any(total % 2 for total in reach):
         return
     padding = [total // 2 if arguments[4] == "same" else 0 for total in reach]
-    stride = list(_sizes(arguments[3], IMAGE_AXES))
-    node.target = aten.conv2d.default
+    stride = list(_sizes(arguments[3], axes))
+    node.target = numerically
     node.args = (*arguments[:3], stride, padding, list(dilation), arguments[6])
 
 
@@ -358,6 +368,7 @@ def _sizes(value: Any, axes: int) -> tuple[int, ...]:
 
 
 REWRITES: tuple[tuple[Callable[[torch.fx.GraphModule, torch.fx.Node], bool], ...], ...] = (
+    (tensordot_to_einsum,),
     (
         remove_identity,
         view_to_reshape,
@@ -370,7 +381,6 @@ REWRITES: tuple[tuple[Callable[[torch.fx.GraphModule, torch.fx.Node], bool], ...
         product_to_linear,
         attention_to_four_axes,
         spell_out_attention,
-        spell_out_rms_norm,
         spell_out_scatter,
         copy_to_source,
         select_from_stack,

@@ -86,6 +86,21 @@ REWRITTEN: dict[str, tuple[Compute, str, str]] = {
         "aten.einsum.default",
         "aten.linear.default",
     ),
+    "einsum without an arrow": (
+        lambda m, x: torch.einsum("bnd,dz", x, m.stored),
+        "aten.einsum.default",
+        "aten.linear.default",
+    ),
+    "tensordot of two axes": (
+        lambda m, x: torch.tensordot(x, x, dims=([0, 2], [0, 2])) @ x,
+        "aten.tensordot.default",
+        "aten.einsum.default",
+    ),
+    "tensordot with a weight": (
+        lambda m, x: torch.tensordot(x, m.stored, dims=1),
+        "aten.tensordot.default",
+        "aten.linear.default",
+    ),
     "product with a transposed weight": (
         lambda m, x: x @ m.stored.T,
         "aten.matmul.default",

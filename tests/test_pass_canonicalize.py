@@ -203,6 +203,16 @@ def test_a_shared_weight_is_left_alone_for_both_that_read_it() -> None:
     assert reasons == ["left a convolution: the weight is shared with another operator"] * 2
 
 
+@pytest.mark.parametrize(("kind", "size"), [(nn.Conv1d, (3, 16)), (nn.Conv3d, (3, 4, 8, 12))])
+def test_patches_padded_by_name_become_a_linear_on_any_axes(
+    kind: Any, size: tuple[int, ...]
+) -> None:
+    model = seeded(lambda: nn.Sequential(kind(3, 8, 2, stride=2, padding="valid")))
+    compilation = canonical(model, noise(2, *size))
+    assert "aten.linear.default" in targets(compilation)
+    assert not any("conv" in target for target in targets(compilation))
+
+
 def test_a_convolution_that_pads_by_name_is_known_as_a_convolution() -> None:
     compilation = convolution(4, 8, 3, padding="same")
     assert "aten.conv2d.default" in targets(compilation)

@@ -137,6 +137,10 @@ TURNED: dict[str, tuple[Compute, Turned]] = {
         lambda m, x: torch.einsum("bnhk,dkh->bnd", x.unflatten(-1, (4, 4)), m.cube),
         Turned((0, 1, 2), 1),
     ),
+    "tensordot": (
+        lambda m, x: torch.tensordot(x, m.cube, dims=([-1], [0])).flatten(2)[..., :16],
+        Turned((1, 2, 0), 2),
+    ),
     "two axes made": (
         lambda m, x: torch.einsum("dkh,bnd->bhnk", m.cube, x).flatten(1),
         Turned((1, 2, 0), 2),
@@ -166,6 +170,8 @@ LEFT: dict[str, Compute] = {
     "a part": lambda m, x: F.linear(x, m.square[:8].mT @ m.square[:8]),
     "split into axes": lambda m, x: F.linear(x, m.square.reshape(4, 4, 16).mT.reshape(16, 16)),
     "a buffer": lambda m, x: F.linear(x, m.fixed.mT),
+    "made in the graph": lambda m, x: F.linear(x, torch.eye(16)),
+    "made and cut": lambda m, x: F.linear(x, torch.tril(torch.ones(16, 16))),
 }
 
 

@@ -1,11 +1,14 @@
 """`einsum` of two factors in the terms that GEMMs and attention have: `linear`, or `matmul`.
 
+A `tensordot` is an `einsum` first.
+
 Each rewrite takes a node and returns whether it rewrote it; each is exact.
 """
 
 from __future__ import annotations
 
 import math
+from string import ascii_letters
 from typing import Any
 
 import torch
@@ -16,6 +19,30 @@ from gpusq_compile.graph.query import aten, is_parameter, shape_of
 
 Factors = tuple[list[tuple[torch.fx.Node, str]], str]
 """Two factors with the labels of their axes, and those of the result."""
+
+
+def tensordot_to_einsum(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
+    """`tensordot(a, b, axes of a, axes of b)` -> `einsum`."""
+    if node.target is not aten.tensordot.default:
+        return False
+    arguments: Any = node.args
+    first, second, axes, others = arguments
+    counts = (len(_shape(first)), len(_shape(second)))
+    if sum(counts) > len(ascii_letters):
+        return False
+    left, right = ascii_letters[: counts[0]], list(ascii_letters[counts[0] : sum(counts)])
+    for axis, other in zip(axes, others, strict=True):
+        right[other] = left[axis]
+    summed = {left[axis] for axis in axes}
+    result = "".join(label for label in (*left, *right) if label not in summed)
+    equation = f"{left},{''.join(right)}->{result}"
+    graph = node.graph
+    with graph.inserting_before(node):
+        product = insert_call(
+            graph, aten.einsum.default, (equation, [first, second]), provenance=node
+        )
+    replace(node, product)
+    return True
 
 
 def einsum_to_linear(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
@@ -135,6 +162,9 @@ def _labels(equation: str, axes: list[int]) -> tuple[str, str, str] | None:
     """The labels of both factors and the result, `...` spelled out; None where that is unclear."""
     sides = equation.replace(" ", "").split("->")
     inputs = sides[0].split(",")
+    if len(sides) == 1 and "..." not in equation:
+        labels = sides[0].replace(",", "")
+        sides.append("".join(sorted(label for label in labels if labels.count(label) == 1)))
     if len(sides) != 2 or len(inputs) != 2:
         return None
     parts = [*inputs, sides[1]]

@@ -16,7 +16,8 @@ AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 def inline_disabled_autocast(graph_module: torch.fx.GraphModule) -> None:
     """Put `with torch.autocast(..., enabled=False):` in line: it changes no type here.
 
-    A region that reads tensors or graphs of its own is left as it is.
+    A region within another one goes first. One that reads tensors or graphs of its own is left as
+    it is.
     """
     for node in list(graph_module.graph.nodes):
         if node.op != "call_function" or node.target is not AUTOCAST:
@@ -26,6 +27,7 @@ def inline_disabled_autocast(graph_module: torch.fx.GraphModule) -> None:
             continue
         inner = graph_module.get_submodule(str(region.target))
         assert isinstance(inner, torch.fx.GraphModule)
+        inline_disabled_autocast(inner)
         if not any(part.op in ("get_attr", "call_module") for part in inner.graph.nodes):
             put_in_line(node, inner.graph, operands)
             if not region.users:

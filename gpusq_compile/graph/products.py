@@ -26,7 +26,14 @@ from gpusq_compile.graph.query import (
 FUSED_ATTENTION: frozenset[object] = frozenset({aten.scaled_dot_product_attention.default})
 SOFTMAX: frozenset[object] = frozenset({aten.softmax.int, aten._softmax.default})
 PRODUCTS: frozenset[object] = frozenset(
-    {aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default}
+    {
+        aten.matmul.default,
+        aten.mm.default,
+        aten.bmm.default,
+        aten.baddbmm.default,
+        aten.addmm.default,
+        aten.einsum.default,
+    }
 )
 
 
@@ -88,7 +95,7 @@ def with_stored_factor(graph: torch.fx.Graph, dependent: set[torch.fx.Node]) -> 
 def factors_of(product: torch.fx.Node) -> list[torch.fx.Node]:
     """The two tensors that an operator of `PRODUCTS` multiplies (of an einsum: all of them)."""
     operands = product.all_input_nodes
-    if product.target is aten.baddbmm.default:
+    if product.target in (aten.baddbmm.default, aten.addmm.default):
         operands = [node for node in product.args[1:3] if isinstance(node, torch.fx.Node)]
     return operands
 

@@ -65,7 +65,7 @@ def store_as_read(
     steps: list[torch.fx.Node] = []
     weight = linear.args[1]
     assert isinstance(weight, torch.fx.Node)
-    while weight.op == "call_function" and len(weight.users) == 1:
+    while weight.target in TRANSPOSITIONS | FLATTENINGS and len(weight.users) == 1:
         steps.append(weight)
         weight = weight.all_input_nodes[0]
     if not steps or not is_parameter(graph_module, weight) or len(weight.users) != 1:
@@ -90,7 +90,7 @@ def store_as_read(
 
 
 def is_moved_parameter(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
-    """Whether a node is a parameter, or one whose axes were turned or flattened alone."""
+    """Whether a node is a parameter, or one whose axes were turned or reshaped alone."""
     while node.target in TRANSPOSITIONS | FLATTENINGS:
         node = node.all_input_nodes[0]
     return is_parameter(graph_module, node)

@@ -20,8 +20,12 @@ from torch.utils._pytree import tree_map_only
 
 from gpusq_compile.graph.edit import copy_provenance, fake_mode_of
 from gpusq_compile.graph.inline import put_in_line
+from gpusq_compile.lowering.norms import rms_norm
 from gpusq_compile.lowering.to_onnx import OPSET
 from gpusq_compile.quantization.operators import DEQUANTIZE, QUANTIZE
+
+OWN: dict[object, Callable[..., Any]] = {torch.ops.aten.rms_norm.default: rms_norm}
+"""Decompositions in place of PyTorch's."""
 
 
 @cache
@@ -73,8 +77,9 @@ def decomposition(node: torch.fx.Node) -> torch.fx.Graph | None:
     def call(*values: Any) -> Any:
         by_source = dict(zip(sources, values, strict=True))
         args, kwargs = map_arg((node.args, node.kwargs), lambda source: by_source[source])
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
+        function = OWN.get(node.target, node.target)
+        assert callable(function)
+        return function(*args, **kwargs)
 
     try:
         with fake_mode_of(node.graph):

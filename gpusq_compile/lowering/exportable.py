@@ -6,6 +6,7 @@ import torch
 import torch.fx
 
 from gpusq_compile.errors import CheckFailed, InputError
+from gpusq_compile.graph.inline import AUTOCAST
 from gpusq_compile.graph.query import aten, operator_name, place_of, value_dependent
 from gpusq_compile.lowering.decompose import untranslatable
 from gpusq_compile.lowering.lift import CallConvention
@@ -55,6 +56,13 @@ def check_control_flow(graph: torch.fx.Graph) -> None:
         InputError: naming it and its place in the source of the model.
     """
     for node in graph.nodes:
+        if node.target is AUTOCAST:
+            raise refusal(
+                node,
+                "autocast changes the types that the region computes in, which the compiler sets",
+                "leave `torch.autocast` to the code around the model, or give it `enabled=False`; "
+                "precisions are chosen by rules",
+            )
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             raise refusal(
                 node,

@@ -108,8 +108,10 @@ def lift(
             values[node] = graph.node_copy(node, lambda argument: values[argument])
     output = next(node for node in reversed(graph_module.graph.nodes) if node.op == "output")
     results = [values[leaf] for leaf in tree_leaves(output.args[0]) if leaf in values]
-    graph.output(tuple(results))
+    returned = graph.output(tuple(results))
     decompose(graph)
+    # Read off the graph, as an output itself may have been decomposed.
+    results = list(returned.args[0])
     outputs = [
         OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(result.name), None) for result in results
     ]
