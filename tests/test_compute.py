@@ -283,3 +283,20 @@ def test_a_split_layer_costs_what_it_did_whole(mend: dict[str, Any], tmp_path: P
     assert len(parts) == (2 * 3 if "split" in mend else 0)
     assert sum(e.macs for e in after.values()) == sum(e.macs for e in before.values())
     assert {after[name].weight for name in parts} <= {"int8"}
+
+
+class Chosen(nn.Module):
+    """A linear on those tokens alone whose first channel is positive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all, self.some = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.all(x)
+        return self.some(x[x[..., 0] > 0]).sum(0) + x[..., :4]
+
+
+def test_a_layer_that_runs_on_as_many_tokens_as_the_values_say_counts_none() -> None:
+    found = counted(Chosen(), torch.randn(4, 5, 8))
+    assert {name: entry.macs for name, entry in found.items()} == {"all": 5 * 8 * 8, "some": 0}

@@ -163,6 +163,22 @@ def test_an_image_without_a_batch_is_named_as_one() -> None:
     assert "unsqueeze(0)" in (error.hint or "")
 
 
+def test_what_the_model_says_itself_is_heard_where_nobody_knows_the_batch() -> None:
+    class Failing(Pixels):
+        def forward(self, x: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
+            raise RuntimeError("no such mode")
+
+    with pytest.raises(InputError, match="no such mode"):
+        compile_model(
+            seeded(Failing),
+            (noise(1, 3, 16, 16), noise(1, 3)),
+            rules="int8",
+            dynamic_shapes=({0: torch.export.Dim("batch")}, {0: torch.export.Dim("batch")}),
+            finetune=False,
+            engine="none",
+        )
+
+
 def test_data_that_the_model_cannot_take_is_not_blamed_on_the_example() -> None:
     class Words(torch.nn.Module):
         def __init__(self) -> None:

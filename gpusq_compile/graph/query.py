@@ -82,11 +82,15 @@ def elements_of(node: torch.fx.Node) -> object:
 
 
 def traced_shape(node: torch.fx.Node) -> tuple[int, ...] | None:
-    """The shape with the batch that it was traced on; None if it is no tensor."""
+    """The shape with the batch that it was traced on; 0 for a size that depends on values.
+
+    None if it is no tensor.
+    """
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return None
-    return tuple(size if isinstance(size, int) else int(size.node.hint) for size in value.shape)
+    sizes = (size if isinstance(size, int) else size.node.hint or 0 for size in value.shape)
+    return tuple(map(int, sizes))
 
 
 def traced_batch(graph: torch.fx.Graph) -> int:
