@@ -120,6 +120,9 @@ def publish(stage: Path, output: Path, about: dict[str, Any]) -> list[Path]:
     its manifest and this one did not write are removed, and so is the `repro/` of a crash. What
     `build_engine.sh` logged of the earlier run's model is kept as `*.old`, so that nobody reads it
     as this one's. `about` is what the manifest says beside its files.
+
+    Returns:
+        All files of this run, the manifest last.
     """
     staged = sorted(path for path in stage.rglob("*") if path.is_file())
     names = [str(path.relative_to(stage)) for path in staged]
@@ -137,7 +140,7 @@ def publish(stage: Path, output: Path, about: dict[str, Any]) -> list[Path]:
         shutil.rmtree(output / REPRO, ignore_errors=True)
         for log in stale_logs(output, names):
             os.replace(log, log.with_name(f"{log.name}.old"))
-    return [output / name for name in names]
+    return [output / name for name in (*names, MANIFEST)]
 
 
 @contextmanager

@@ -43,7 +43,7 @@ def test_every_file_is_published_and_listed_with_its_sha256(tmp_path: Path) -> N
     output = tmp_path / "new" / "out"
     published = run(output, FILES, seed=7)
     assert found(output) == FILES
-    assert sorted(published) == sorted(output / name for name in FILES)
+    assert sorted(published) == sorted(output / name for name in (*FILES, MANIFEST))
     assert manifest(output) == {
         "seed": 7,
         "files": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in FILES.items()},
