@@ -260,9 +260,9 @@ def read(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
         found = {}
-    if found.get("schema_version") != 1:
+    if found.get("schema_version") != 2:
         found = {}
-    return {"schema_version": 1, "rows": {}, **found}
+    return {"schema_version": 2, "rows": {}, **found}
 
 
 def write(results: dict[str, Any], folder: Path) -> None:
@@ -308,7 +308,8 @@ def main() -> None:
         print("\n".join(f"{row.family}: {row.name}" for row in rows))
         return
     results = read(arguments.output / "models.json")
-    results |= {"machine": machine(), "versions": versions(), "commit": commit()}
+    # Of each row, as a run that goes on may do so elsewhere.
+    about = {"machine": machine(), "versions": versions(), "commit": commit()}
     options = {"engine": arguments.engine}
     todo = [(row, rules) for row in rows for rules in arguments.rules]
     for position, (row, rules) in enumerate(todo, start=1):
@@ -321,7 +322,7 @@ def main() -> None:
             print(f"{label}: is there", file=sys.stderr)
             continue
         found = compile_row(row, rules, arguments.engine, arguments.timeout)
-        results["rows"][name] = {**found, "commit": results["commit"], "fingerprint": key}
+        results["rows"][name] = {**found, **about, "fingerprint": key}
         write(results, arguments.output)
         said = found["error"] or f"{found['seconds']:.1f} s"
         print(f"{label}: {found['status']}: {said}", file=sys.stderr)
