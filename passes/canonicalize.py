@@ -5,8 +5,8 @@ Needs `graph`. Rewrites, each exact:
 - a slice of the whole -> nothing, one part of a stack -> that part, `copy` -> what is copied;
 - `view` -> `reshape`, which is legal for every stride that later rewrites may leave behind;
 - products in other words (`baddbmm`, `tensordot`, an `einsum` of two factors) -> `matmul`, and
-  products with a stored weight (`x @ w.T`, `addmm`, an `einsum`) -> `linear`, so that attention and
-  GEMMs have one form; a weight that is turned before is stored as [out, in];
+  products with a stored weight (`x @ w.T`, `w @ x`, `addmm`, an `einsum`) -> `linear`, so that
+  attention and GEMMs have one form; a weight that is turned before is stored as [out, in];
 - fused attention on other than four axes -> on four, all that an engine knows, or spelled out;
 - patches summed into a map (`nn.Fold`) -> a permutation or a transposed convolution, which engines
   know;
@@ -32,7 +32,14 @@ import torch.fx
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.graph.attention import fused_arguments
 from gpusq_compile.graph.col2im import spell_out_fold
-from gpusq_compile.graph.edit import bypass, finish, insert_call, insert_get_attr, set_tensor
+from gpusq_compile.graph.edit import (
+    bypass,
+    finish,
+    insert_call,
+    insert_get_attr,
+    replace,
+    set_tensor,
+)
 from gpusq_compile.graph.einsum import (
     einsum_to_linear,
     einsum_to_matmul,
@@ -40,21 +47,26 @@ from gpusq_compile.graph.einsum import (
 )
 from gpusq_compile.graph.one_form import (
     ENGINE_AXES,
+    added_product_to_matmul,
     attention_to_four_axes,
-    baddbmm_to_matmul,
     product_to_linear,
+    turn_left_product,
 )
-from gpusq_compile.graph.products import FUSED_ATTENTION, factors_of, with_stored_factor
+from gpusq_compile.graph.products import (
+    FUSED_ATTENTION,
+    PRODUCTS,
+    attention_parts,
+    factors_of,
+)
 from gpusq_compile.graph.query import (
     input_dependent,
-    is_parameter,
     module_path,
     shape_of,
     static_shape,
     tensor_attribute,
 )
 from gpusq_compile.graph.scatter import cut_to_index, spell_out_scatter
-from gpusq_compile.graph.stored_weights import store_as_read
+from gpusq_compile.graph.stored_weights import parameter_behind, store_as_read
 from gpusq_compile.lowering.exportable import check_exportable
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.passes.split_attention import split
@@ -120,12 +132,17 @@ def turn_weights(compilation: Compilation, result: PassResult) -> None:
 
 def name_other_products(graph_module: torch.fx.GraphModule, result: PassResult) -> None:
     """Say which stored weights are multiplied in another way than by a linear."""
-    for node in with_stored_factor(graph_module.graph, input_dependent(graph_module.graph)):
+    graph = graph_module.graph
+    in_attention = attention_parts(graph, input_dependent(graph)).products
+    for node in graph.nodes:
+        if node.target not in PRODUCTS or node in in_attention:
+            continue
         for factor in factors_of(node):
-            if is_parameter(graph_module, factor):
+            parameter = parameter_behind(graph_module, factor)
+            if parameter is not None:
                 result.matched += 1
                 result.skipped += 1
-                path = str(factor.target)
+                path = str(parameter.target)
                 text = (
                     f"the product with the weight {path} stays in floats: it is no linear, whose "
                     "weight has axes of its inputs and outputs alone"
@@ -207,8 +224,7 @@ def copy_to_source(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> b
         if static_shape(source) != static_shape(target):
             both = (source, target)
             source = insert_call(node.graph, aten.expand_as.default, both, provenance=node)
-    node.replace_all_uses_with(source)
-    node.graph.erase_node(node)
+    replace(node, source)
     return True
 
 
@@ -229,8 +245,7 @@ def select_from_stack(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -
     assert isinstance(parts, (list, tuple))
     part = parts[index]
     assert isinstance(part, torch.fx.Node)
-    node.replace_all_uses_with(part)
-    node.graph.erase_node(node)
+    replace(node, part)
     return True
 
 
@@ -329,8 +344,7 @@ def patchify(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> str | N
             (channels_first, [-1, out_channels, *grid]),
             provenance=node,
         )
-    node.replace_all_uses_with(picture)
-    graph.erase_node(node)
+    replace(node, picture)
     graph.erase_node(weight_node)
     return None
 
@@ -372,11 +386,12 @@ REWRITES: tuple[tuple[Callable[[torch.fx.GraphModule, torch.fx.Node], bool], ...
     (
         remove_identity,
         view_to_reshape,
-        baddbmm_to_matmul,
+        added_product_to_matmul,
         einsum_to_linear,
         einsum_to_matmul,
         cut_to_index,
     ),
+    (turn_left_product,),
     (
         product_to_linear,
         attention_to_four_axes,

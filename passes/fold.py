@@ -26,6 +26,7 @@ from gpusq_compile.graph.edit import (
     finish,
     insert_call,
     insert_get_attr,
+    replace,
     set_tensor,
     store_buffer,
 )
@@ -150,8 +151,7 @@ def fold_activation(
         scale = insert_get_attr(graph_module, path, provenance=node)
         levels = insert_call(graph, QUANTIZE, (source, scale), provenance=node)
         values = insert_call(graph, DEQUANTIZE, (levels, scale), provenance=node)
-    node.replace_all_uses_with(values)
-    graph.erase_node(node)
+    replace(node, values)
 
 
 def scale_path(quantizer: torch.fx.Node) -> str:

@@ -15,7 +15,7 @@ import torch.fx
 from gpusq_compile.attention_plan import ATTENTION_PLAN, planned_attentions
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.graph.attention import fused_arguments
-from gpusq_compile.graph.edit import finish, insert_call
+from gpusq_compile.graph.edit import finish, insert_call, replace
 from gpusq_compile.graph.products import FUSED_ATTENTION
 from gpusq_compile.graph.query import aten
 from gpusq_compile.pass_base import Pass, PassResult
@@ -62,8 +62,7 @@ def split(node: torch.fx.Node) -> torch.fx.Node:
     for key_of_plan in (ATTENTION_PLAN, TAP_PLAN):
         if key_of_plan in node.meta:
             output.meta[key_of_plan] = node.meta[key_of_plan]
-    node.replace_all_uses_with(output)
-    graph.erase_node(node)
+    replace(node, output)
     return output
 
 

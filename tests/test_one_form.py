@@ -116,6 +116,26 @@ REWRITTEN: dict[str, tuple[Compute, str, str]] = {
         "aten.addmm.default",
         "aten.linear.default",
     ),
+    "addmm with factors": (
+        lambda m, x: torch.addmm(m.bias, x[0], m.stored, beta=0.5, alpha=2)[None],
+        "aten.addmm.default",
+        "aten.linear.default",
+    ),
+    "addmm with a number for each place": (
+        lambda m, x: torch.addmm(x[1], x[0], m.stored)[None],
+        "aten.addmm.default",
+        "aten.linear.default",
+    ),
+    "product with a weight in front": (
+        lambda m, x: m.stored @ x.repeat(1, 2, 1),
+        "aten.matmul.default",
+        "aten.linear.default",
+    ),
+    "product with a transposed weight in front": (
+        lambda m, x: (m.stored.T @ x.mT).mT,
+        "aten.matmul.default",
+        "aten.linear.default",
+    ),
 }
 KEPT: dict[str, tuple[Compute, str]] = {
     "einsum of three": (

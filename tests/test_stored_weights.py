@@ -219,6 +219,18 @@ def test_a_product_with_a_weight_per_head_is_no_linear_and_is_said_to_be_none() 
     assert remark.layer == "mix"
 
 
+def test_a_weight_per_head_is_named_though_it_was_expanded() -> None:
+    class Expanded(PerHead):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.embed(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            y = y @ self.mix.unsqueeze(0).expand(x.shape[0], -1, -1, -1)
+            return self.head(y.transpose(1, 2).flatten(2))
+
+    marked = run_until(begin(seeded(Expanded), INPUTS, make_rules()), "mark")
+    [remark] = [r for r in remarks_of(marked, "canonicalize") if r.code == "no-linear"]
+    assert remark.layer == "mix"
+
+
 @st.composite
 def turnings(draw: st.DrawFn) -> tuple[Turned, list[int]]:
     axes = draw(st.integers(2, 5).flatmap(lambda n: st.permutations(range(n))))

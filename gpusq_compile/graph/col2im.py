@@ -12,7 +12,13 @@ from typing import Any
 import torch
 import torch.fx
 
-from gpusq_compile.graph.edit import insert_call, insert_get_attr, inserted_path, store_buffer
+from gpusq_compile.graph.edit import (
+    insert_call,
+    insert_get_attr,
+    inserted_path,
+    replace,
+    store_buffer,
+)
 from gpusq_compile.graph.query import aten, shape_of
 
 MOST_MEGABYTES = 64
@@ -90,8 +96,7 @@ def spell_out_fold(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> s
         if len(shape) == 2:
             unbatched = (result, [channels, *geometry.size])
             result = insert_call(node.graph, aten.reshape.default, unbatched, provenance=node)
-    node.replace_all_uses_with(result)
-    node.graph.erase_node(node)
+    replace(node, result)
     return None
 
 

@@ -83,8 +83,7 @@ def bypass(node: torch.fx.Node) -> None:
     """Remove a node, its users reading its first input instead."""
     source = node.args[0]
     assert isinstance(source, torch.fx.Node)
-    node.replace_all_uses_with(source)
-    node.graph.erase_node(node)
+    replace(node, source)
 
 
 def replace(node: torch.fx.Node, value: torch.fx.Node) -> None:

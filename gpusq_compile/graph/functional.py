@@ -16,11 +16,11 @@ import torch
 import torch.fx
 from torch.utils._pytree import tree_leaves
 
-from gpusq_compile.graph.edit import insert_call
+from gpusq_compile.graph.edit import insert_call, replace
 
 aten = torch.ops.aten
 
-SCATTERS = {
+WRITTEN_BACK_BY = {
     aten.slice.Tensor: aten.slice_scatter.default,
     aten.select.int: aten.select_scatter.default,
     aten.transpose.int: None,
@@ -71,7 +71,7 @@ def _replace(node: torch.fx.Node, sharing: Storages) -> bool:
     if functional is None or not isinstance(written, torch.fx.Node):
         return False
     chain = [written]
-    while chain[-1].target in SCATTERS:
+    while chain[-1].target in WRITTEN_BACK_BY:
         parent = chain[-1].args[0]
         assert isinstance(parent, torch.fx.Node)
         chain.append(parent)
@@ -96,8 +96,7 @@ def _replace(node: torch.fx.Node, sharing: Storages) -> bool:
         for storage in _storages(old):
             sharing[storage].append(new)
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user > node)
-    node.replace_all_uses_with(fresh[0])
-    graph.erase_node(node)
+    replace(node, fresh[0])
     return True
 
 
@@ -121,7 +120,7 @@ def _written_back(
     if child.target is aten.transpose.int:
         return insert_call(graph, child.target, (value, *child.args[1:]), provenance=child)
     assert isinstance(child.target, torch._ops.OpOverload)
-    scatter = SCATTERS[child.target]
+    scatter = WRITTEN_BACK_BY[child.target]
     if scatter is None:
         return value
     return insert_call(graph, scatter, (parent, value, *child.args[1:]), provenance=child)

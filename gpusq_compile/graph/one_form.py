@@ -17,13 +17,17 @@ from gpusq_compile.graph.query import aten, shape_of
 from gpusq_compile.graph.stored_weights import TRANSPOSITIONS, is_moved_parameter, order_of
 
 MATRIX_PRODUCTS: frozenset[object] = frozenset({aten.matmul.default, aten.mm.default})
+ADDED_PRODUCTS: frozenset[object] = frozenset({aten.baddbmm.default, aten.addmm.default})
 ENGINE_AXES = 4
 """Axes of queries, keys and values in fused attention: [batch, heads, tokens, channels]."""
 
 
-def baddbmm_to_matmul(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
-    """`baddbmm(bias, a, b)` -> `beta * bias + alpha * (a @ b)`."""
-    if node.target is not aten.baddbmm.default:
+def added_product_to_matmul(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
+    """`baddbmm(bias, a, b)` and `addmm` -> `beta * bias + alpha * (a @ b)`.
+
+    An `addmm` that adds what a linear does, a bias per output, is left for `product_to_linear`.
+    """
+    if node.target not in ADDED_PRODUCTS or _adds_as_linear(node):
         return False
     bias, first, second = node.args[:3]
     beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
@@ -40,6 +44,37 @@ def baddbmm_to_matmul(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -
     return True
 
 
+def _adds_as_linear(node: torch.fx.Node) -> bool:
+    """Whether an `addmm` adds one number to each output, once."""
+    bias = node.args[0]
+    assert isinstance(bias, torch.fx.Node)
+    return node.target is aten.addmm.default and not node.kwargs and len(shape_of(bias) or ()) == 1
+
+
+def turn_left_product(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
+    """`weight @ x`, as where tokens are mixed -> `(x.mT @ weight.T).mT`, a product for
+    `product_to_linear`."""
+    if node.target not in MATRIX_PRODUCTS:
+        return False
+    factor, value = node.args[:2]
+    assert isinstance(value, torch.fx.Node)
+    if not _is_stored_matrix(graph_module, factor) or len(shape_of(value) or ()) < 2:
+        return False
+    if is_moved_parameter(graph_module, value):
+        return False
+    graph = node.graph
+
+    def call(target: Any, *arguments: Any) -> torch.fx.Node:
+        return insert_call(graph, target, arguments, provenance=node)
+
+    with graph.inserting_before(node):
+        rows = call(aten.transpose.int, value, -2, -1)
+        weight = call(aten.transpose.int, factor, 0, 1)
+        product = call(aten.matmul.default, rows, weight)
+        replace(node, call(aten.transpose.int, product, -2, -1))
+    return True
+
+
 def product_to_linear(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
     """`x @ weight.T` and `addmm(bias, x, weight.T)` -> `linear(x, weight, bias)`.
 
@@ -47,16 +82,13 @@ def product_to_linear(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -
     """
     if node.target in MATRIX_PRODUCTS:
         value, factor, bias = node.args[0], node.args[1], None
-    elif node.target is aten.addmm.default and not node.kwargs:
+    elif node.target is aten.addmm.default and _adds_as_linear(node):
         bias, value, factor = node.args[:3]
-        if not isinstance(bias, torch.fx.Node) or len(shape_of(bias) or ()) != 1:
-            return False
     else:
         return False
-    if not isinstance(factor, torch.fx.Node) or len(shape_of(factor) or ()) != 2:
-        return False
     assert isinstance(value, torch.fx.Node)
-    if not is_moved_parameter(graph_module, factor) or len(shape_of(value) or ()) < 2:
+    assert isinstance(factor, torch.fx.Node)
+    if not _is_stored_matrix(graph_module, factor) or len(shape_of(value) or ()) < 2:
         return False
     graph = node.graph
     with graph.inserting_before(node):
@@ -68,6 +100,11 @@ def product_to_linear(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -
         linear = insert_call(graph, aten.linear.default, arguments, provenance=node)
     replace(node, linear)
     return True
+
+
+def _is_stored_matrix(graph_module: torch.fx.GraphModule, factor: object) -> bool:
+    assert isinstance(factor, torch.fx.Node)
+    return len(shape_of(factor) or ()) == 2 and is_moved_parameter(graph_module, factor)
 
 
 def attention_to_four_axes(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -> bool:

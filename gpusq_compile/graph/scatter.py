@@ -9,7 +9,7 @@ import torch
 import torch.fx
 
 from gpusq_compile.errors import InputError
-from gpusq_compile.graph.edit import insert_call
+from gpusq_compile.graph.edit import insert_call, replace
 from gpusq_compile.graph.query import aten, place_of, static_shape
 
 NEUTRAL = {"sum": 0.0, "prod": 1.0, "amax": -math.inf, "amin": math.inf}
@@ -97,6 +97,5 @@ def spell_out_scatter(graph_module: torch.fx.GraphModule, node: torch.fx.Node) -
         if not includes_self:
             hit = call(aten.gt.Scalar, count, 0.0)
             result = call(aten.where.self, hit, result, base)
-    node.replace_all_uses_with(result)
-    graph.erase_node(node)
+    replace(node, result)
     return True

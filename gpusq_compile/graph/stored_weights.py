@@ -23,7 +23,11 @@ TRANSPOSITIONS: frozenset[object] = frozenset(
     {*REVERSALS, aten.mT.default, aten.transpose.int, aten.permute.default}
 )
 FLATTENINGS: frozenset[object] = frozenset({aten.reshape.default, aten.flatten.using_ints})
-"""Where they flatten neighbouring axes: `moved` tells."""
+"""Where they flatten neighbouring axes: `after_axes` tells."""
+
+EXPANSIONS: frozenset[object] = frozenset(
+    {aten.expand.default, aten.expand_as.default, aten.unsqueeze.default, aten.squeeze.dim}
+)
 
 AxisGroups = list[tuple[int, ...]]
 """For each axis of a tensor the axes of the parameter that were flattened into it."""
@@ -76,7 +80,7 @@ def store_as_read(
         return None
     groups: AxisGroups | None = [(axis,) for axis in range(len(shape_of(weight) or ()))]
     for step in reversed(steps):
-        groups = moved(groups, step) if groups is not None else None
+        groups = after_axes(groups, step) if groups is not None else None
     if groups is None or len(groups) != 2:
         return None
     turned = Turned((*groups[0], *groups[1]), rows=len(groups[0]))
@@ -96,7 +100,16 @@ def is_moved_parameter(graph_module: torch.fx.GraphModule, node: torch.fx.Node) 
     return is_parameter(graph_module, node)
 
 
-def moved(groups: AxisGroups, node: torch.fx.Node) -> AxisGroups | None:
+def parameter_behind(
+    graph_module: torch.fx.GraphModule, node: torch.fx.Node
+) -> torch.fx.Node | None:
+    """The parameter that a node's values are, whatever shape they were brought into; else None."""
+    while node.target in TRANSPOSITIONS | FLATTENINGS | EXPANSIONS:
+        node = node.all_input_nodes[0]
+    return node if is_parameter(graph_module, node) else None
+
+
+def after_axes(groups: AxisGroups, node: torch.fx.Node) -> AxisGroups | None:
     """The axes behind an operator that turns axes or flattens neighbours; None behind any other."""
     if node.target in TRANSPOSITIONS:
         return [groups[axis] for axis in order_of(node, len(groups))]
