@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,37 @@ def test_a_product_is_written_in_its_one_form(case: str) -> None:
     assert before.count(gone) > after.count(gone)
     assert after.count(new) > before.count(new)
     assert change < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("weight", "equation", "operator"),
+    [
+        ((16, 16), "bnd,dc->bnc", "linear"),
+        ((16, 2, 16), "bnd,dhc->bnhc", "einsum"),
+        ((1, 16), "bnd,ed->bn", "einsum"),
+    ],
+)
+def test_an_einsum_over_two_axes_of_any_size_is_a_linear_where_it_needs_no_reshape(
+    weight: tuple[int, ...], equation: str, operator: str
+) -> None:
+    def compute(m: Products, x: Tensor) -> Tensor:
+        y = torch.einsum(equation, x, m.other)
+        return y[:, :, 0] if y.ndim == 4 else y if y.ndim == 3 else y[..., None] * x
+
+    def build() -> Products:
+        model = Products(compute)
+        model.other = nn.Parameter(torch.randn(weight))
+        return model
+
+    sizes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")},)
+    compilation = begin(seeded(build), noise(2, 8, 16), ANYTHING)
+    compilation.source = replace(compilation.source, dynamic_shapes=sizes)
+    before, old = targets(run_until(compilation, "trace")), outputs(compilation)[0]
+    after = targets(run_until(compilation, "canonicalize"))
+    assert f"aten.{operator}.default" in after
+    assert ("aten.einsum.default" in after) == (operator == "einsum")
+    assert "aten.einsum.default" in before
+    torch.testing.assert_close(outputs(compilation)[0], old)
 
 
 @pytest.mark.parametrize("case", KEPT)

@@ -68,7 +68,8 @@ def einsum_to_linear(graph_module: torch.fx.GraphModule, node: torch.fx.Node) ->
     dynamic = [label for label in rows if not isinstance(sizes[label], int)]
     if not (rows and columns and summed and exact) or set(result) != {*rows, *columns}:
         return False
-    if len(dynamic) > 1:
+    reshapes = len(summed) > 1 or len(columns) > 1
+    if reshapes and len(dynamic) > 1:
         return False
     kept = [-1 if label in dynamic else sizes[label] for label in rows]
     graph = node.graph

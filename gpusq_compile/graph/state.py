@@ -13,7 +13,9 @@ from gpusq_compile.graph.query import tensor_attribute
 class GraphState:
     """What a graph computes, without its values: nodes, and which tensors at which version.
 
-    Where it still holds, nothing was rewritten, and another run could only show the same.
+    Where it still holds, nothing was rewritten, and another run could only show the same. Called
+    modules must keep what they compute with in parameters and buffers: other attributes of theirs
+    are not looked at.
     """
 
     def __init__(self, graph_module: torch.fx.GraphModule) -> None:
