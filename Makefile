@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 
-.PHONY: help setup demo test lint format schema bench-compile-time bench-train-step bench-accuracy bench-engine-types bench-models bench-gpu-gemm clean
+.PHONY: help setup demo test lint format schema bench-compile-time bench-train-step bench-accuracy bench-engine-types bench-models bench-models-trained bench-gpu-gemm clean
 .DEFAULT_GOAL := help
 
 help: ## Say what can be made
@@ -69,6 +69,9 @@ bench-engine-types: setup ## INT8 GEMMs and attentions in TensorRT-RTX engines o
 
 bench-models: setup ## Compile every model family to INT8 and INT4: hours on 2 cores, keeps what it has
 	$(BIN)/python benchmarks/models.py
+
+bench-models-trained: setup ## Train the smallest of each model family a few steps while it is compiled: half an hour on 2 cores
+	$(BIN)/python benchmarks/models_trained.py
 
 bench-gpu-gemm: setup ## Dense and 2:4 GEMMs, FP16 and INT8, on an NVIDIA GPU
 	$(BIN)/python benchmarks/gpu_gemm.py

@@ -30,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -49,30 +49,10 @@ EXAMPLES_OF_A_REASON = 3
 
 def compile_row(row: Row, rules: str, engine: str, timeout: float) -> dict[str, Any]:
     """Compile one row by one rules file; what the results hold of it."""
+    options = ["--no-finetune", "--engine", engine]
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        spec = row.spec
-        if row.config is not None:
-            (folder / "config.json").write_text(json.dumps(dict(row.config)))
-            spec = f"hf:{folder / 'config.json'}"
-        output = folder / "out"
-        applied = str(Path(rules).resolve()) if Path(rules).is_file() else rules
-        if row.verify:
-            # JSON is YAML.
-            changed = {"version": 1, "extends": applied, "verify": dict(row.verify)}
-            applied = str(folder / "rules.yaml")
-            Path(applied).write_text(json.dumps(changed))
-        command = [sys.executable, "-m", "gpusq_compile", spec, "--rules", applied, *row.arguments]
-        command += ["--no-finetune", "--engine", engine, "--quiet", "-o", str(output)]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), **row.environment}
         load = os.getloadavg()[0]
-        # A path in a spec is relative to the repository.
-        here = os.getcwd()
-        os.chdir(ROOT)
-        try:
-            ended = run_process(command, environment, timeout=timeout)
-        finally:
-            os.chdir(here)
+        output, ended = run_row(row, rules, Path(name), options, timeout, verify=row.verify)
         found = result_of(ended, output)
     return {
         "name": row.name,
@@ -85,6 +65,50 @@ def compile_row(row: Row, rules: str, engine: str, timeout: float) -> dict[str, 
         "load_before": load,
         **found,
     }
+
+
+def run_row(
+    row: Row,
+    rules: str,
+    folder: Path,
+    options: Sequence[str],
+    timeout: float,
+    **changes: Mapping[str, Any],
+) -> tuple[Path, Ended]:
+    """Run `gpusq-compile` with `options` on a row, in a process of its own; where it wrote, and how
+    it ended.
+
+    `changes` are sections of the rules that differ from those of the file named `rules`.
+    """
+    spec = row.spec
+    if row.config is not None:
+        (folder / "config.json").write_text(json.dumps(dict(row.config)))
+        spec = f"hf:{folder / 'config.json'}"
+    applied = str(Path(rules).resolve()) if Path(rules).is_file() else rules
+    changed = {name: dict(section) for name, section in changes.items() if section}
+    if changed:
+        # JSON is YAML.
+        path = folder / "rules.yaml"
+        path.write_text(json.dumps({"version": 1, "extends": applied, **changed}))
+        applied = str(path)
+    output = folder / "out"
+    command = [sys.executable, "-m", "gpusq_compile", spec, "--rules", applied, *row.arguments]
+    command += [*options, "--quiet", "-o", str(output)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), **row.environment}
+    # A path in a spec is relative to the repository.
+    here = os.getcwd()
+    os.chdir(ROOT)
+    try:
+        return output, run_process(command, environment, timeout=timeout)
+    finally:
+        os.chdir(here)
+
+
+def said_last(ended: Ended) -> str:
+    """The error that a process ended with, in a line."""
+    said = [line for line in ended.stderr.strip().splitlines() if line.strip()]
+    errors = [line for line in said if "error[" in line]
+    return (errors or said or [f"exit code {ended.code}"])[-1].strip()
 
 
 def result_of(ended: Ended, output: Path) -> dict[str, Any]:
@@ -102,9 +126,7 @@ def result_of(ended: Ended, output: Path) -> dict[str, Any]:
         return found
     path = output / "report.json"
     if not path.is_file():
-        said = [line for line in ended.stderr.strip().splitlines() if line.strip()]
-        errors = [line for line in said if "error[" in line]
-        found["error"] = (errors or said or [f"exit code {ended.code}"])[-1].strip()
+        found["error"] = said_last(ended)
         return found
     report = json.loads(path.read_text())
     if report["error"] is not None:
