@@ -30,6 +30,7 @@ from gpusq_compile.finetune.checkpoint import FOLDER as CHECKPOINTS
 from gpusq_compile.finetune.loop import LOSS_NOT_FINITE
 from gpusq_compile.finetune.resume import open_checkpoints
 from gpusq_compile.gates import Gates, check_gates
+from gpusq_compile.graph.stored_rows import StoredRows
 from gpusq_compile.graph.stored_weights import Turned
 from gpusq_compile.language.loader import Rules, load_rules
 from gpusq_compile.load_model import load_source
@@ -77,13 +78,14 @@ class CompileResult:
     parameter_shapes: dict[str, torch.Size]
     tied: dict[str, str] = field(default_factory=dict)
     turned: dict[str, Turned] = field(default_factory=dict)
+    apart: dict[str, list[StoredRows]] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Float32 weights under the user's own names and shapes, pruned and rounded as deployed.
 
         With a `scope` those of the submodule, under their names in the whole model.
         """
-        state = user_state_dict(self.graph, self.parameter_shapes, self.turned)
+        state = user_state_dict(self.graph, self.parameter_shapes, self.turned, self.apart)
         state |= {name: state[first] for name, first in self.tied.items() if first in state}
         return in_user_model(state, self.report.get("scope"))
 
@@ -280,6 +282,7 @@ def compile_model(
         compilation.parameter_shapes,
         compilation.tied,
         compilation.turned,
+        compilation.apart,
     )
 
 

@@ -18,6 +18,7 @@ from gpusq_compile.graph.query import (
     module_path,
     op_of,
     operator_name,
+    shape_of,
     tensor_attribute,
     value_dependent,
     weight_source,
@@ -67,7 +68,7 @@ def collect(
     for name, node in named_nodes(graph, roles, residuals, attentions, tied or {}).items():
         source = weight_source(node) if is_weighted(node) else None
         weight = str(source.target) if source is not None else None
-        shape = tuple(tensor_attribute(graph_module, weight).shape) if weight else ()
+        shape = weight_shape(node) if is_weighted(node) else ()
         refusal = None
         if is_weighted(node):
             refusal = uncompressible(graph_module, node, weight, dependent, others)
@@ -116,6 +117,15 @@ def named_nodes(
     weighted_first = sorted(found, key=lambda item: not is_weighted(item[0]))
     unique = {node: _unique(name, taken) for node, name in weighted_first}
     return {unique[node]: node for node, _ in found}
+
+
+def weight_shape(node: torch.fx.Node) -> tuple[int, ...]:
+    """The shape of a weighted operator's weight, stored or computed; () where it depends on inputs'
+    sizes."""
+    weight = node.args[1]
+    assert isinstance(weight, torch.fx.Node)
+    sizes = shape_of(weight) or ()
+    return tuple(map(int, sizes)) if all(isinstance(size, int) for size in sizes) else ()
 
 
 def uncompressible(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -21,6 +21,7 @@ from gpusq_compile.errors import InternalError
 from gpusq_compile.finetune.checkpoint import save_tensors
 from gpusq_compile.graph.as_json import dtype_name, graph_nodes, graph_tensors
 from gpusq_compile.graph.edit import NAMESPACE
+from gpusq_compile.graph.stored_rows import StoredRows
 from gpusq_compile.graph.stored_weights import Turned
 from gpusq_compile.output import digest
 from gpusq_compile.packed_graph import (
@@ -83,6 +84,7 @@ def write_packed(
     half: bool,
     tied: Mapping[str, str] = MappingProxyType({}),
     turned: Mapping[str, Turned] = MappingProxyType({}),
+    apart: Mapping[str, Sequence[StoredRows]] = MappingProxyType({}),
 ) -> PackedBytes:
     """Write the folded graph to `folder` as weights.safetensors and graph.json.
 
@@ -94,6 +96,7 @@ def write_packed(
         half: store pruned float weights as float16, which is how they are deployed.
         tied: for each further name of a parameter the first.
         turned: how the graph holds parameters whose axes were turned.
+        apart: the parameters whose rows the graph stores apart, and what became of these.
 
     Raises:
         InternalError: a weight breaks the pattern or the range that its plan claims.
@@ -139,7 +142,7 @@ def write_packed(
         },
         parts={
             name: [PartRecord(tensor=part.tensor, rows=row_ranges(part.rows)) for part in parts]
-            for name, parts in parts_of(graph_module).items()
+            for name, parts in parts_of(graph_module, apart).items()
         },
         nodes=[NodeRecord(**node) for node in graph_nodes(graph_module)],
     )

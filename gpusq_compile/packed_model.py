@@ -16,6 +16,7 @@ from safetensors.torch import load
 
 from gpusq_compile.errors import InputError, relative_to_cwd
 from gpusq_compile.graph.as_json import dtype_name
+from gpusq_compile.graph.stored_rows import StoredRows
 from gpusq_compile.graph.stored_weights import Turned
 from gpusq_compile.packed_graph import (
     FORMAT,
@@ -32,7 +33,7 @@ from gpusq_compile.packed_graph import (
 )
 from gpusq_compile.packing import Packing, packed_tensors, unpack
 from gpusq_compile.sparsity import REDUCTION_AXIS
-from gpusq_compile.user_state import StoredRows, in_user_model, user_tensors
+from gpusq_compile.user_state import in_user_model, user_tensors
 
 MAX_GRAPH_BYTES = 64 * 2**20
 """A graph.json beyond this is refused unread; that of a large transformer has about a megabyte."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
 import torch.fx
 
 from gpusq_compile.graph.as_json import graph_tensors
+from gpusq_compile.graph.stored_rows import StoredRows
 from gpusq_compile.graph.stored_weights import Turned
 from gpusq_compile.plan import planned
 from gpusq_compile.quantization.operators import DEQUANTIZE
@@ -20,28 +20,22 @@ def in_user_model(state: Mapping[str, torch.Tensor], scope: str | None) -> dict[
     return {name if scope is None else f"{scope}.{name}": value for name, value in state.items()}
 
 
-@dataclass(frozen=True)
-class StoredRows:
-    """The `rows` of a parameter that was split, as the tensor of the graph that holds them."""
-
-    tensor: str
-    rows: tuple[int, ...]
-
-
 def user_state_dict(
     graph_module: torch.fx.GraphModule,
     shapes: Mapping[str, Sequence[int]],
     turned: Mapping[str, Turned] = MappingProxyType({}),
+    apart: Mapping[str, Sequence[StoredRows]] = MappingProxyType({}),
 ) -> dict[str, torch.Tensor]:
     """Float weights of the user's names and `shapes`, pruned and rounded as deployed.
 
-    A layer that was split into parts is put together again, and what was `turned` turned back.
+    A layer that was split into parts is put together again, and so are the rows that are stored
+    `apart`; what was `turned` is turned back.
     Parameters that the graph does not read are left out.
     """
     return user_tensors(
         graph_tensors(graph_module),
         weight_scales(graph_module),
-        parts_of(graph_module),
+        parts_of(graph_module, apart),
         shapes,
         turned,
     )
@@ -88,8 +82,15 @@ def weight_scales(graph_module: torch.fx.GraphModule) -> dict[str, str]:
     }
 
 
-def parts_of(graph_module: torch.fx.GraphModule) -> dict[str, list[StoredRows]]:
-    """For each parameter that was split, its parts in graph order."""
+def parts_of(
+    graph_module: torch.fx.GraphModule,
+    apart: Mapping[str, Sequence[StoredRows]] = MappingProxyType({}),
+) -> dict[str, list[StoredRows]]:
+    """For each parameter that was split, its parts in graph order.
+
+    `apart` are those whose rows the graph stores apart. Where a layer of such rows was split in
+    turn, its parts are those of the whole parameter.
+    """
     found: dict[str, list[StoredRows]] = {}
     for node, plan in planned(graph_module.graph):
         if plan.part is None:
@@ -101,4 +102,14 @@ def parts_of(graph_module: torch.fx.GraphModule) -> dict[str, list[StoredRows]]:
             assert isinstance(bias, torch.fx.Node)
             biases = found.setdefault(plan.part.bias, [])
             biases.append(StoredRows(str(bias.target), plan.part.rows))
+    for name, pieces in apart.items():
+        found[name] = [
+            StoredRows(part.tensor, tuple(piece.rows[row] for row in part.rows))
+            for piece in pieces
+            for part in found.pop(piece.tensor, [whole_of(piece)])
+        ]
     return found
+
+
+def whole_of(piece: StoredRows) -> StoredRows:
+    return StoredRows(piece.tensor, tuple(range(len(piece.rows))))

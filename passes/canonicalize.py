@@ -7,6 +7,8 @@ Needs `graph`. Rewrites, each exact:
 - products in other words (`baddbmm`, `tensordot`, an `einsum` of two factors) -> `matmul`, and
   products with a stored weight (`x @ w.T`, `w @ x`, `addmm`, an `einsum`) -> `linear`, so that
   attention and GEMMs have one form; a weight that is turned before is stored as [out, in];
+- a parameter of which layers read some rows each -> one parameter for each of them;
+- a layer that is called again on the same input -> computed once;
 - fused attention on other than four axes -> on four, all that an engine knows, or spelled out;
 - patches summed into a map (`nn.Fold`) -> a permutation or a transposed convolution, which engines
   know;
@@ -45,6 +47,7 @@ from gpusq_compile.graph.einsum import (
     einsum_to_matmul,
     tensordot_to_einsum,
 )
+from gpusq_compile.graph.equal_nodes import merge_equal_layers
 from gpusq_compile.graph.one_form import (
     ENGINE_AXES,
     added_product_to_matmul,
@@ -66,6 +69,7 @@ from gpusq_compile.graph.query import (
     tensor_attribute,
 )
 from gpusq_compile.graph.scatter import cut_to_index, spell_out_scatter
+from gpusq_compile.graph.stored_rows import store_rows_apart
 from gpusq_compile.graph.stored_weights import parameter_behind, store_as_read
 from gpusq_compile.lowering.exportable import check_exportable
 from gpusq_compile.pass_base import Pass, PassResult
@@ -101,12 +105,14 @@ VIEWS_LIKE_ANOTHER = {aten.view_as.default, aten.reshape_as.default}
 def run(compilation: Compilation) -> PassResult:
     graph_module = compilation.ir
     result = PassResult()
+    store_parts(compilation, result)
     for rewrites in REWRITES:
         for node in list(graph_module.graph.nodes):
             if any(rewrite(graph_module, node) for rewrite in rewrites):
                 result.matched += 1
                 result.changed += 1
     turn_weights(compilation, result)
+    compute_once(graph_module, result)
     name_other_products(graph_module, result)
     spell_out_folds(graph_module, result)
     patchify_all(graph_module, result)
@@ -114,6 +120,19 @@ def run(compilation: Compilation) -> PassResult:
     assert compilation.convention is not None
     check_exportable(graph_module.graph, compilation.convention)
     return result
+
+
+def store_parts(compilation: Compilation, result: PassResult) -> None:
+    """Store a parameter of which layers read some rows each as one parameter per layer."""
+    compilation.apart = store_rows_apart(compilation.ir)
+    for path, pieces in compilation.apart.items():
+        names = {piece.tensor for piece in pieces}
+        if path in compilation.frozen:
+            compilation.frozen |= names
+        result.matched += 1
+        result.changed += 1
+        text = f"{path} is read in parts, stored as {', '.join(sorted(names))}"
+        result.remarks.append(passed("rows-apart", text, path.removesuffix("_weight")))
 
 
 def turn_weights(compilation: Compilation, result: PassResult) -> None:
@@ -128,6 +147,14 @@ def turn_weights(compilation: Compilation, result: PassResult) -> None:
             result.changed += 1
             text = f"weight stored as [out, in], its axes in the order {list(turned.axes)}"
             result.remarks.append(passed("weight-turned", text, path.removesuffix(".weight")))
+
+
+def compute_once(graph_module: torch.fx.GraphModule, result: PassResult) -> None:
+    for name in merge_equal_layers(graph_module):
+        result.matched += 1
+        result.changed += 1
+        text = "called again on the same input: computed once"
+        result.remarks.append(passed("computed-once", text, name))
 
 
 def name_other_products(graph_module: torch.fx.GraphModule, result: PassResult) -> None:

@@ -24,6 +24,7 @@ def run(compilation: Compilation) -> PassResult:
         parameters=compilation.parameter_shapes,
         tied=compilation.tied,
         turned=compilation.turned,
+        apart=compilation.apart,
         half=compilation.rules.target.precision == "fp16",
     )
     result = PassResult(matched=len(packed.layers), changed=len(packed.layers))

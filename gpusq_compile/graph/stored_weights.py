@@ -17,6 +17,7 @@ import torch.fx
 
 from gpusq_compile.graph.edit import insert_get_attr, set_tensor
 from gpusq_compile.graph.query import aten, is_parameter, shape_of, tensor_attribute
+from gpusq_compile.graph.stored_rows import CUTS
 
 REVERSALS: frozenset[object] = frozenset({aten.t.default, aten.numpy_T.default})
 TRANSPOSITIONS: frozenset[object] = frozenset(
@@ -103,8 +104,8 @@ def is_moved_parameter(graph_module: torch.fx.GraphModule, node: torch.fx.Node) 
 def parameter_behind(
     graph_module: torch.fx.GraphModule, node: torch.fx.Node
 ) -> torch.fx.Node | None:
-    """The parameter that a node's values are, whatever shape they were brought into; else None."""
-    while node.target in TRANSPOSITIONS | FLATTENINGS | EXPANSIONS:
+    """The parameter whose values, or a part of them, a node has in another shape; else None."""
+    while node.target in TRANSPOSITIONS | FLATTENINGS | EXPANSIONS | CUTS:
         node = node.all_input_nodes[0]
     return node if is_parameter(graph_module, node) else None
 

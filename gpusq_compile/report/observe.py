@@ -87,14 +87,14 @@ class Observer:
             "gamma": loss.gamma,
             "temperature": loss.temperature,
         }
-        plans = [plan for _, plan in planned(graph_module.graph)]
+        plans = [plan for _, plan in stored_layers(graph_module.graph)]
         self.size = min(MOST_OF_A_LAYER, max(1024, SAMPLES // max(1, len(plans))))
         for plan in plans:
             weight = tensor_attribute(graph_module, plan.weight).detach()
             self.dense_weights[plan.name] = self._rows(weight)
         evidence.source, self.images = find_images(compilation)
         evidence.images = len(self.images)
-        nodes = {node.name: plan.name for node, plan in planned(graph_module.graph)}
+        nodes = {node.name: plan.name for node, plan in stored_layers(graph_module.graph)}
 
         def see(node: torch.fx.Node, value: object, _: object) -> None:
             if node.name in nodes and isinstance(value, torch.Tensor):
@@ -105,18 +105,18 @@ class Observer:
             self.maps.see(compilation, Watch(graph_module, see), image, index)
 
     def _see_float(self, compilation: Compilation) -> None:
-        for node, plan in planned(compilation.ir.graph):
+        for node, plan in stored_layers(compilation.ir.graph):
             weight, mask, _ = weight_parts(compilation.ir, node, plan)
             self.float_weights[plan.name] = self._rows(weight if mask is None else weight * mask)
 
     def _see_compressed(self, compilation: Compilation) -> None:
         evidence, graph_module = self.evidence, compilation.ir
-        for node, plan in planned(graph_module.graph):
+        for node, plan in stored_layers(graph_module.graph):
             evidence.layers[plan.name] = self._weight_evidence(graph_module, node, plan)
         evidence.crops = crops(graph_module)
         outputs: dict[str, Ratio] = {}
         quantizers: dict[str, Ratio] = {}
-        nodes = {node.name: plan.name for node, plan in planned(graph_module.graph)}
+        nodes = {node.name: plan.name for node, plan in stored_layers(graph_module.graph)}
         modules = dict(graph_module.named_modules())
         places: dict[str, int] = {}
 
@@ -140,7 +140,7 @@ class Observer:
         for index, image in enumerate(self.images):
             self.maps.see(compilation, Watch(graph_module, see), image, index)
         self.maps.finish(evidence)
-        for node, plan in planned(graph_module.graph):
+        for node, plan in stored_layers(graph_module.graph):
             layer_evidence = evidence.layers[plan.name]
             source = node.args[0]
             if isinstance(source, torch.fx.Node) and source.name in quantizers:
@@ -254,6 +254,11 @@ def class_of(image: Batch) -> int | None:
     return None if image.labels is None else int(image.labels[0])
 
 
+def stored_layers(graph: torch.fx.Graph) -> Iterator[tuple[torch.fx.Node, LayerPlan]]:
+    """The layers with a stored weight; of one that the model computes there is nothing to show."""
+    return ((node, plan) for node, plan in planned(graph) if plan.weight)
+
+
 def weight_parts(
     graph_module: torch.fx.GraphModule, node: torch.fx.Node, plan: LayerPlan
 ) -> tuple[torch.Tensor, torch.Tensor | None, FakeQuantize | None]:
@@ -287,7 +292,7 @@ def share_of_zeros(values: torch.Tensor) -> float:
 def crops(graph_module: torch.fx.GraphModule) -> list[Crop]:
     """A crop of one layer of each pattern and type: of an MLP in the middle, if there is one."""
     kinds: dict[tuple[str, str], list[tuple[torch.fx.Node, LayerPlan]]] = {}
-    for node, plan in planned(graph_module.graph):
+    for node, plan in stored_layers(graph_module.graph):
         if plan.applied.sparsity is not None:
             treated = (plan.applied.sparsity, plan.applied.weight or "float")
             kinds.setdefault(treated, []).append((node, plan))
