@@ -14,15 +14,19 @@ ROUNDINGS = 4
 def spread(reference: torch.Tensor) -> float:
     """The unit that differences are given in: the standard deviation of a tensor's values.
 
-    Their root mean square where all are alike; never zero.
+    Their root mean square where all are alike; never zero, and one where there are none.
     """
     values = reference.float()
-    deviation = float(values.std(correction=0)) if values.numel() else 0.0
+    if not values.numel():
+        return 1.0
+    deviation = float(values.std(correction=0))
     return max(deviation or float(values.square().mean().sqrt()), 1e-12)
 
 
 def largest_difference(ours: torch.Tensor, reference: torch.Tensor) -> float:
     """The largest absolute difference, in `spread`s; infinite where either holds NaN."""
+    if not reference.numel():
+        return 0.0
     difference = float((ours.float() - reference.float()).abs().max()) / spread(reference)
     return math.inf if math.isnan(difference) else difference
 
@@ -33,6 +37,8 @@ def is_rounding(ours: torch.Tensor, reference: torch.Tensor) -> bool:
     Values that lie close together far from zero (the boxes of a detector that was not trained) have
     a spread of a few roundings, so that in `spread`s a rounding looks large.
     """
+    if not reference.numel():
+        return True
     difference = float((ours.float() - reference.float()).abs().max())
     largest = float(reference.float().abs().max())
     return difference <= ROUNDINGS * torch.finfo(torch.float32).eps * largest

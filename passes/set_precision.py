@@ -1,25 +1,63 @@
 """set_precision: what is not quantized in the target's float type.
 
 Needs `onnx_wired`. Float32 becomes FP16 where the rules' target says so, without a Cast beside a
-quantizer; inputs and outputs stay float32. Guarantees `onnx_typed`.
+quantizer; inputs and outputs stay float32, and so does what half has no room for: squares that are
+summed, and whatever comes near to 65504 on a batch of the calibration data, where that is measured.
+Guarantees `onnx_typed`.
+
+Raises CheckFailed where a quantized GEMM's output is beyond half.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import onnx
+
 from gpusq_compile.compilation import Compilation
+from gpusq_compile.errors import CheckFailed
+from gpusq_compile.lowering.half_range import HALF_MAX, around, beyond, wide_tensors
 from gpusq_compile.lowering.precision import to_half
+from gpusq_compile.lowering.runtime import at_its_line
 from gpusq_compile.pass_base import Pass, PassResult
-from gpusq_compile.remarks import passed
+from gpusq_compile.remarks import analysis, passed
 
 
 def run(compilation: Compilation) -> PassResult:
-    assert compilation.onnx_model is not None
+    model = compilation.onnx_model
+    assert model is not None
     result = PassResult()
-    if compilation.rules.target.precision == "fp16":
-        result.matched = result.changed = len(compilation.onnx_model.graph.node)
-        compilation.onnx_model = to_half(compilation.onnx_model)
-        result.remarks.append(passed("fp16", "float tensors are FP16, inputs and outputs FP32"))
+    if compilation.rules.target.precision != "fp16":
+        return result
+    result.matched = result.changed = len(model.graph.node)
+    with at_its_line(compilation.onnx_places):
+        path = compilation.workdir / "ranges.onnx"
+        wide = wide_tensors(model, compilation.expected[0].inputs, path)
+        refuse_overflow(model, wide)
+    kept = around(model, list(wide))
+    compilation.onnx_model = to_half(model, list(wide))
+    result.remarks.append(passed("fp16", "float tensors are FP16, inputs and outputs FP32"))
+    if kept:
+        places = dict.fromkeys(str(compilation.onnx_places.get(name, name)) for name in kept)
+        text = (
+            f"values up to {max(wide.values()):.3g}, of the {HALF_MAX:.0f} that FP16 has room for: "
+            f"{len(kept)} operators stay FP32 ({', '.join(list(places)[:3])}"
+            f"{', ...' if len(places) > 3 else ''})"
+        )
+        result.remarks.append(analysis("kept-fp32", text))
     return result
+
+
+def refuse_overflow(model: onnx.ModelProto, wide: Mapping[str, float]) -> None:
+    """Raise CheckFailed for a quantized GEMM whose output half has no room for."""
+    for node, largest in beyond(model, dict(wide)):
+        raise CheckFailed(
+            "half-overflow",
+            f"the output of {node.name or node.op_type} reaches {largest:.3g}, beyond the "
+            f"{HALF_MAX:.0f} of FP16",
+            hint="target: {precision: fp32} in the rules keeps such a model in float32, and a rule "
+            "with quantize: none this layer",
+        )
 
 
 PASS = Pass(

@@ -66,12 +66,13 @@ def run(compilation: Compilation) -> PassResult:
         found = answers(stand_in, runtime, compilation.expected)
         numerics = compare(compilation.expected, found, logits_finder(compilation))
     limits = compilation.rules.verify
-    if compilation.source.synthetic and numerics.disagreements is not None:
+    decides = numerics.disagreements is not None or not numerics.floats
+    if compilation.source.synthetic and decides:
         # On noise no class is right, and which of them wins is an accident of the last digits.
         limits = limits.model_copy(update={"min_top1_agreement": 0.0})
         text = (
-            f"{numerics.disagreements} of {numerics.samples} top-1 answers differ, on generated "
-            "noise, where none is right: the limit on them is left out"
+            f"{said_of_answers(numerics)}, on generated noise, where none is right: the limit on "
+            "them is left out"
         )
         result.remarks.append(analysis("top1-on-noise", text))
     compilation.verify = {
@@ -87,18 +88,26 @@ def run(compilation: Compilation) -> PassResult:
     compilation.verify["ok"] = not faults
     if faults:
         more = f" (and {len(faults) - 1} more, in the report)" if len(faults) > 1 else ""
-        raise CheckFailed("verify", f"{faults[0]}{more}", hint=near_ties(numerics, faults[0]))
+        raise CheckFailed("verify", f"{faults[0]}{more}", hint=way_out(numerics, faults[0]))
     result.remarks.append(passed("structure", f"{len(stored)} layers are stored as planned"))
     result.remarks.append(
         analysis(
             "numerics",
             f"{numerics.samples} samples: cosine >= {numerics.min_cosine:.6f}, "
-            f"{numerics.disagreements} top-1 disagreements, "
+            f"{said_of_answers(numerics)}, "
             f"largest difference {numerics.max_difference:.4f} std",
         )
     )
     measure(compilation, "onnx", stand_in)
     return result
+
+
+def said_of_answers(numerics: Numerics) -> str:
+    if not numerics.floats:
+        return f"{numerics.equal_answers or 0.0:.1%} of the answers are equal"
+    if numerics.disagreements is None:
+        return "no top-1"
+    return f"{numerics.disagreements} of {numerics.samples} top-1 answers differ"
 
 
 def answers(
@@ -111,10 +120,15 @@ def answers(
         yield outputs
 
 
-def near_ties(numerics: Numerics, fault: str) -> str | None:
-    """What to say where answers differ because the model itself hardly decides between them."""
-    if "min_top1_agreement" not in fault or not numerics.undecided:
+def way_out(numerics: Numerics, fault: str) -> str | None:
+    """What to say where answers differ: whether the model itself hardly decides between them."""
+    if "min_top1_agreement" not in fault:
         return None
+    if not numerics.undecided:
+        return (
+            "more calibration data make the share more certain, and a fine-tune the answers; "
+            "`verify: {min_top1_agreement: ...}` in the rules sets the limit"
+        )
     return (
         f"in the graph the best class leads the next one by {numerics.median_lead:.2f} standard "
         f"deviations in the median, and outputs differ by up to {numerics.max_difference:.2f}: the "

@@ -64,3 +64,11 @@ def test_what_rounding_explains_is_told_from_a_difference() -> None:
     assert not is_rounding(boxes + 1e-5, boxes)
     assert not is_rounding(boxes * torch.nan, boxes)
     assert largest_difference(boxes + 1e-5, boxes) > 1
+
+
+def test_nothing_differs_from_nothing() -> None:
+    nothing = torch.zeros(2, 0)
+    assert largest_difference(nothing, nothing) == 0.0
+    assert is_rounding(nothing, nothing)
+    assert cosine_per_sample(nothing, nothing).tolist() == [1.0, 1.0]
+    assert spread(nothing) == 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,9 @@ from gpusq_compile.lowering.runtime import (
 )
 from gpusq_compile.output_cache import same
 from gpusq_compile.passes import verify_onnx
-from gpusq_compile.passes.verify_onnx import near_ties
+from gpusq_compile.passes.verify_onnx import way_out
 from gpusq_compile.remarks import Kind
-from tests.compilations import begin, fork, remarks_of, run_until
+from tests.compilations import begin, fork, make_rules, remarks_of, run_until
 from tests.models import Shape, TinyViT, images, labelled, noise, seeded
 
 
@@ -145,7 +146,7 @@ def first(outputs: list[Tensor]) -> Tensor:
 def compared(*pairs: tuple[Tensor, Tensor], logits: bool = False) -> Numerics:
     """(found, reference) of each output, in one batch; with `logits` the first output is them."""
     found, reference = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    return compare([Expected([], reference)], [found], first if logits else None)
+    return compare([Expected([reference[0][:, :1]], reference)], [found], first if logits else None)
 
 
 def test_equal_outputs_are_equal_whatever_their_shape() -> None:
@@ -222,7 +223,8 @@ def test_a_model_that_hardly_decides_is_told_apart_from_one_that_is_wrong(
     assert error.hint is not None
     assert "min_top1_agreement: 0" in error.hint
     decided = Numerics(16, 0.9, 0.1, 0, disagreements=8, median_lead=2.0)
-    assert near_ties(decided, "limit min_top1_agreement 97.0%") is None
+    assert "calibration data" in (way_out(decided, "limit min_top1_agreement 97.0%") or "")
+    assert way_out(decided, "limit min_cosine 0.99") is None
 
 
 def test_the_median_lead_is_between_the_two_best_classes() -> None:
@@ -314,3 +316,31 @@ def test_what_is_recorded_is_no_tensor_of_the_users(ready: Compilation) -> None:
     echo = record(torch.fx.symbolic_trace(nn.Identity()), (given,), {})
     given.fill_(1.0)
     assert not echo.outputs[0].any()
+
+
+class Answers(nn.Module):
+    """Classes in place of logits, and tokens that have the batch second."""
+
+    def __init__(self, tokens: bool) -> None:
+        super().__init__()
+        self.first, self.last, self.tokens = nn.Linear(16, 32), nn.Linear(32, 10), tokens
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.last(self.first(x).relu())
+        return (y.transpose(0, 1), y.mean(1)) if self.tokens else y.mean(1).argmax(1)
+
+
+def test_samples_are_counted_by_the_inputs(tmp_path: Path) -> None:
+    compilation = begin(seeded(Answers, True), noise(4, 40, 16), make_rules(), tmp_path)
+    assert run_until(compilation, "verify_onnx").verify["numerics"]["samples"] == 4
+
+
+def test_answers_that_are_no_floats_are_compared(tmp_path: Path) -> None:
+    compilation = begin(seeded(Answers, False), noise(4, 40, 16), make_rules(), tmp_path)
+    run_until(compilation, "set_precision")
+    wrong = replace(compilation.expected[0], outputs=[torch.full((4,), 11)])
+    compilation.expected = [wrong, *compilation.expected[1:]]
+    with pytest.raises(CheckFailed, match="answers, and the model has no output in floats"):
+        run_until(compilation, "verify_onnx")
+    assert compilation.verify["numerics"]["equal_answers"] <= 0.5
+    assert compilation.verify["numerics"]["floats"] is False

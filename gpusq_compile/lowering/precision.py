@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 import numpy as np
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
+from gpusq_compile.lowering.half_range import around
 from gpusq_compile.lowering.to_onnx import OPSET
 
 CAST_TO_HALF, CAST_TO_FLOAT = "_cast_to_fp16_node", "_cast_to_fp32_node"
 """How the names end of the casts that the conversion puts around an operator in FP32."""
 
-ROOTS = frozenset({"Add", "Mul", "Sqrt", "Reciprocal", "Pow", "Max", "Clip"})
+ROOTS = frozenset(
+    {"Add", "Mul", "Div", "Sqrt", "Reciprocal", "Pow", "Max", "Clip"}
+    | {"Reshape", "Squeeze", "Unsqueeze"}
+)
 """What comes between a sum of squares and a number of the size of what was squared, where all that
 it reads else is stored."""
+INPUT_CAST, OUTPUT_CAST = re.compile(r"graph_input_cast\d+"), re.compile(r"graph_output_cast\d+")
+"""The names of the casts that the conversion puts at the model's ends."""
 
 
-def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
+def to_half(model: onnx.ModelProto, wide: Sequence[str] = ()) -> onnx.ModelProto:
     """Convert every float tensor to FP16; graph inputs and outputs stay FP32 behind one Cast each.
 
-    Scales were learned as FP16 values, so their conversion is exact. Values beyond the FP16 range
-    (masking constants) are clamped to it.
+    Scales were learned as FP16 values, so their conversion is exact. Constants beyond the FP16
+    range (masks) are clamped to it. The tensors named in `wide` stay FP32, and so does what makes
+    and reads them (half_range.py).
     """
     own_scales(model)
     name_zeros(model)
-    exact = name_summing(model) + name_squares(model)
+    exact = name_summing(model) + name_squares(model) + around(model, wide)
     half = convert_float_to_float16(
         model,
         keep_io_types=True,
         disable_shape_infer=True,
-        force_fp16_initializers=True,
         # The default list leaves operators in FP32 that TensorRT runs in FP16.
         op_block_list=float32_only({node.op_type for node in model.graph.node}),
         node_block_list=exact,
@@ -88,9 +97,17 @@ def drop_repeated(graph: onnx.GraphProto) -> None:
 def drop_round_trips(graph: onnx.GraphProto) -> None:
     """Hand on as it is what one operator in FP32 makes for another.
 
-    The conversion casts it to half and back in between, for each of them by itself.
+    The conversion casts it to half and back in between, for each of them by itself, and does so
+    between them and the model's inputs and outputs.
     """
-    down = {n.output[0]: n for n in graph.node if n.name.endswith(CAST_TO_HALF)}
+    down = {
+        n.output[0]: n
+        for n in graph.node
+        if n.name.endswith(CAST_TO_HALF) or INPUT_CAST.fullmatch(n.name)
+    }
+    for node in graph.node:
+        if OUTPUT_CAST.fullmatch(node.name) and node.input[0] in down:
+            node.input[0] = down[node.input[0]].input[0]
     up = [n for n in graph.node if n.name.endswith(CAST_TO_FLOAT) and n.input[0] in down]
     exact = {n.output[0]: down[n.input[0]].input[0] for n in up}
     for node in graph.node:
@@ -143,7 +160,7 @@ def name_squares(model: onnx.ModelProto) -> list[str]:
             if square is None or not is_square(square, model):
                 continue
             found[id(square)] = square
-        elif node.op_type not in ("ReduceL2", "ReduceSumSquare"):
+        elif node.op_type not in ("ReduceL2", "ReduceSumSquare") and not contracts_itself(node):
             continue
         queue = [node]
         for current in queue:
@@ -159,6 +176,11 @@ def name_squares(model: onnx.ModelProto) -> list[str]:
     for index, node in enumerate(found.values()):
         node.name = node.name or f"square_{index}"
     return [node.name for node in found.values()]
+
+
+def contracts_itself(node: onnx.NodeProto) -> bool:
+    """Whether a node sums products of a tensor with itself: `einsum('bnd,bnd->bn', x, x)`."""
+    return node.op_type == "Einsum" and len(node.input) == 2 and len(set(node.input)) == 1
 
 
 def is_square(node: onnx.NodeProto, model: onnx.ModelProto) -> bool:

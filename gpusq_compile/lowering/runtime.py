@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only, tree_unflatten
 
 from gpusq_compile.allocator import give_back
+from gpusq_compile.batch_inputs import size_of
 from gpusq_compile.errors import CheckFailed, Location
 from gpusq_compile.language.schema import Verify
 from gpusq_compile.lowering.lift import CallConvention
@@ -52,7 +53,9 @@ class Numerics:
     `max_difference` is in `spread`s of the reference output (numerics.py), `worst_output` the index
     of the output it was found in. `disagreements` counts the samples whose top-1 differs by more
     than a tie, and `median_lead` is what the best class leads the next one by in the reference, in
-    `spread`s; both None where the compiled module's outputs are not logits.
+    `spread`s; both None where the compiled module's outputs are not logits. `equal_answers` is the
+    share of equal elements of the outputs that are no floats, None where there are none, and
+    `floats` whether any output holds floats.
     """
 
     samples: int
@@ -61,6 +64,8 @@ class Numerics:
     worst_output: int
     disagreements: int | None
     median_lead: float | None = None
+    equal_answers: float | None = None
+    floats: bool = True
 
     @property
     def top1_agreement(self) -> float | None:
@@ -86,7 +91,14 @@ class Numerics:
         few = agreement is None or self.disagreements == 1
         if agreement is not None and not few and agreement < limits.min_top1_agreement:
             found.append(
-                f"ONNX Runtime agrees with the graph's top-1 on {agreement:.1%}, "
+                f"ONNX Runtime agrees with the graph's top-1 on {agreement:.1%} of "
+                f"{self.samples} samples, "
+                f"limit min_top1_agreement {limits.min_top1_agreement:.1%}"
+            )
+        if not self.floats and (self.equal_answers or 0.0) < limits.min_top1_agreement:
+            found.append(
+                f"ONNX Runtime gives {self.equal_answers or 0.0:.1%} of the graph's answers, and "
+                "the model has no output in floats to compare, "
                 f"limit min_top1_agreement {limits.min_top1_agreement:.1%}"
             )
         if not self.max_difference <= limits.max_difference:
@@ -222,15 +234,19 @@ def compare(
     disagreements = None if find_logits is None else 0
     cosine, difference, worst = 1.0, 0.0, 0
     leads: list[float] = []
+    floats, equal, answers = False, 0, 0
     for batch, actual in zip(expected, found, strict=True):
         for index, (ours, theirs) in enumerate(zip(actual, batch.outputs, strict=True)):
             if not theirs.is_floating_point():
+                equal += int((ours == theirs).sum())
+                answers += theirs.numel()
                 continue
+            floats = True
             cosine = min(cosine, float(cosine_per_sample(ours, theirs).min()))
             largest = largest_difference(ours, theirs)
             if largest > difference:
                 difference, worst = largest, index
-        samples += next(len(output) for output in actual if output.ndim)
+        samples += size_of(tuple(batch.inputs)) or 0
         if find_logits is not None and disagreements is not None:
             ours, theirs = find_logits(actual).float(), find_logits(batch.outputs).float()
             chosen = theirs.gather(1, ours.argmax(dim=1, keepdim=True)).squeeze(1)
@@ -238,7 +254,8 @@ def compare(
             best = theirs.topk(min(2, theirs.shape[1]), dim=1).values
             leads += ((best[:, 0] - best[:, -1]) / spread(theirs)).tolist()
     lead = statistics.median(leads) if leads else None
-    return Numerics(samples, cosine, difference, worst, disagreements, lead)
+    share = equal / answers if answers else None
+    return Numerics(samples, cosine, difference, worst, disagreements, lead, share, floats)
 
 
 class SessionModule(nn.Module):

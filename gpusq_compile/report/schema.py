@@ -235,6 +235,11 @@ class Numerics(Entry):
         description="What the best class leads the next one by in the graph's outputs, in their "
         "standard deviations; null where they are no logits.",
     )
+    equal_answers: Measured = Field(
+        default=None,
+        description="Share of equal elements of the outputs without floats; null if all have.",
+    )
+    floats: bool = Field(default=True, description="Whether any output holds floats.")
     top1_agreement: Measured
 
 

@@ -248,6 +248,11 @@ def verify_lines(report: dict[str, Any]) -> list[str]:
             f"top-1 agreement {number(found['top1_agreement'], '.1%')} "
             f"(limit {limits['min_top1_agreement']:.0%})"
         )
+    elif not found.get("floats", True):
+        agreement = (
+            f"equal answers {number(found['equal_answers'], '.1%')} "
+            f"(limit {limits['min_top1_agreement']:.0%})"
+        )
     lines = [
         f"ONNX Runtime against the graph on {found['samples']} samples: "
         f"cosine {number(found['min_cosine'], '.4f')} (limit {limits['min_cosine']:g}), "
