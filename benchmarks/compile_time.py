@@ -50,7 +50,12 @@ PACKAGES = (
     "onnx-ir",
     "onnxscript",
     "onnxruntime",
+    "onnx-graphsurgeon",
     "numpy",
+    "safetensors",
+    "torchvision",
+    "transformers",
+    "tensorrt-rtx",
 )
 PEER_START = ("import", "model")
 OUR_START = "import gpusq_compile.cli, gpusq_compile.api, timm_model; timm_model.model()"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch.fx
 
 from gpusq_compile.errors import InputError, Location, nearest
-from gpusq_compile.graph.query import is_weighted, module_stack
+from gpusq_compile.graph.query import is_weighted, module_stack, op_of
 from gpusq_compile.graph.roles import Roles
 from gpusq_compile.language.patterns import compile_pattern
 
@@ -76,9 +76,12 @@ def _named(
             found.append(max(residuals.intersection(nodes), default=nodes[-1]))
     if found:
         return found
-    names = [*fitting, *modules]
+    names = [*fitting, *(path for path in modules if not by_layer)]
+    names += [path for path, nodes in modules.items() if by_layer and any(map(is_weighted, nodes))]
     close = nearest(pattern, names)
     what = "neither a layer nor a module" + (" with layers" if by_layer else "")
+    if by_layer and (other := next((node for path, node in layers.items() if matches(path)), None)):
+        what = f"a {op_of(other) or 'node'}, and this role is one of linears and convolutions,"
     raise InputError(
         "role-unmatched",
         f"roles: {role}: '{pattern}' names {what} of this model",

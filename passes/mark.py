@@ -117,10 +117,14 @@ def tap_place(offer: Offer, offers: Sequence[Offer]) -> str:
     if role == STAGE_END:
         ends = [other.node for other in offers if STAGE_END in other.roles]
         role = f"end of stage {ends.index(offer.node) + 1} of {len(ends)}"
-    sizes = (static_shape(offer.node) or ())[1:]
+    shape = list(static_shape(offer.node) or ())
+    # The batch is the first size that is not fixed: sequences may come first.
+    batch = shape.index(None) if None in shape else 0
+    del shape[batch : batch + 1]
+    sizes = ["any" if size is None else str(size) for size in shape]
     if len(sizes) == 2:
         return f"{role}: {sizes[0]} tokens of {sizes[1]}"
-    return f"{role}: {'x'.join(str(size) for size in sizes)}" if sizes else role
+    return f"{role}: {'x'.join(sizes)}" if sizes else role
 
 
 def mark_attentions(

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,6 +83,24 @@ def test_a_builder_that_is_broken_is_one_that_is_missing(
     assert said in auto
     assert "tensorrt_rtx cannot be imported" in error
     assert said in error
+
+
+def test_auto_says_why_it_passed_over_a_tensorrt_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = "cannot be imported: libnvinfer.so.10: no such file"
+    found: dict[str, dict[str, Any]] = {
+        "tensorrt": {"missing": False, "error": broken},
+        "tensorrt_rtx": {"version": "1.2.3", "capabilities": []},
+    }
+    monkeypatch.setattr(backends, "probe_library", found.__getitem__)
+    backend, remarks = backends.choose_backend("auto", ["portable"])
+    assert backend is not None
+    assert backend.name == "tensorrt-rtx"
+    [remark] = remarks
+    assert broken in remark
+    found["tensorrt"]["missing"] = True
+    assert backends.choose_backend("auto", ["portable"])[1] == ()
 
 
 def test_what_a_library_prints_is_no_part_of_its_answer(

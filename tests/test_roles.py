@@ -15,7 +15,7 @@ from gpusq_compile.errors import InputError
 from gpusq_compile.graph.query import static_shape
 from gpusq_compile.graph.roles import ROLES
 from gpusq_compile.plan import TAP_PLAN
-from tests.compilations import TAPS, begin, make_rules, plans_of, run_until
+from tests.compilations import TAPS, begin, make_rules, plans_of, remarks_of, run_until
 from tests.models import Shape, TinyPyramid, TinyViT, images, noise, seeded
 from tests.unusual_transformers import (
     AddedQueries,
@@ -441,6 +441,29 @@ def test_a_module_stands_for_its_layers_where_a_role_is_one_of_layers() -> None:
     marked = run_until(begin(seeded(TinyViT), images(2), rules), "mark")
     named = [name for name, plan in plans_of(marked).items() if "mlp" in plan.roles]
     assert named == ["layers.0.mix.wide", "layers.0.mix.back", "layers.1.feed.up"]
+
+
+def test_a_role_of_layers_for_a_norm_is_an_error_that_says_so(tmp_path: Path) -> None:
+    file = tmp_path / "rules.yaml"
+    file.write_text(
+        "version: 1\nroles: {mlp: last_norm}\n"
+        "rules: [{id: a, match: {op: linear}, quantize: none}]\n"
+    )
+    with pytest.raises(InputError, match="'last_norm' names a layer_norm, and this role"):
+        run_until(begin(seeded(TinyViT), images(2), str(file)), "mark")
+
+
+def test_a_tap_counts_tokens_wherever_the_batch_is() -> None:
+    class SequenceFirst(TinyViT):
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = self.last_norm(self.stem(x).flatten(2).permute(2, 0, 1))
+            assert self.logits is not None
+            return self.logits(tokens.mean(0))
+
+    marked = run_until(begin(seeded(SequenceFirst), images(2), "int8"), "mark")
+    said = [r.reason for r in remarks_of(marked, "mark") if r.code == "tap-marked"]
+    assert said
+    assert not [text for text in said if "None" in text]
 
 
 def test_a_role_for_a_name_that_is_not_there_is_an_error(tmp_path: Path) -> None:

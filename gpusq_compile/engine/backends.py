@@ -86,13 +86,14 @@ def _auto(targets: Sequence[str]) -> tuple[Backend | None, tuple[str, ...]]:
             f"TensorRT {full.version} builds for this machine's GPU ({full.gpu}) alone, not for "
             f"{', '.join(unsupported)}: TensorRT-RTX was tried instead"
         )
-    except InputError:
-        pass
+    except InputError as error:
+        if not probe_library("tensorrt").get("missing"):
+            # Somebody installed it to have it used.
+            remarks.append(f"{error.message}: TensorRT-RTX was tried instead")
     try:
         rtx = _tensorrt_rtx()
     except InputError as error:
-        remarks.append(f"no engine was built: {error.message}; {error.hint}")
-        return None, tuple(remarks)
+        return None, (f"no engine was built: {error.message}; {error.hint}", *remarks)
     _check_targets(rtx, targets)
     return rtx, tuple(remarks)
 

@@ -113,15 +113,17 @@ def _configuration(place: Place) -> Any:
     model_type = content.get("model_type")
     known = transformers.CONFIG_MAPPING
     if not isinstance(model_type, str) or model_type not in known:
-        found = "has no model_type" if model_type is None else f"has model_type '{model_type}'"
+        version = transformers.__version__
+        found = "has no model_type, which says the architecture"
+        if model_type is not None:
+            found = f"has model_type '{model_type}', which transformers {version} does not know"
         own_code = " and comes with code of its own, which is never run" * bool(
             content.get("auto_map")
         )
         close = nearest(str(model_type), known.keys()) if model_type else None
         raise InputError(
             "unknown-model",
-            f"the configuration of {place.origin} {found}{own_code}; transformers "
-            f"{transformers.__version__} has no such model",
+            f"the configuration of {place.origin} {found}{own_code}",
             hint=f"did you mean '{close}'?"
             if close
             else "a model file can build what the library does not know",
