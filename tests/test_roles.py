@@ -16,7 +16,7 @@ from gpusq_compile.graph.query import static_shape
 from gpusq_compile.graph.roles import ROLES
 from gpusq_compile.plan import TAP_PLAN
 from tests.compilations import TAPS, begin, make_rules, plans_of, remarks_of, run_until
-from tests.models import Shape, TinyPyramid, TinyViT, images, noise, seeded
+from tests.models import Block, Shape, TinyPyramid, TinyViT, images, noise, seeded
 from tests.unusual_transformers import (
     AddedQueries,
     BatchedProducts,
@@ -441,6 +441,33 @@ def test_a_module_stands_for_its_layers_where_a_role_is_one_of_layers() -> None:
     marked = run_until(begin(seeded(TinyViT), images(2), rules), "mark")
     named = [name for name, plan in plans_of(marked).items() if "mlp" in plan.roles]
     assert named == ["layers.0.mix.wide", "layers.0.mix.back", "layers.1.feed.up"]
+
+
+class PooledByConvolution(nn.Module):
+    """Stages with a convolution per channel between them, which halves sides and doubles channels:
+    one of twice the channels on a quarter of the pixels has half the numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 16, 1)
+        self.first = Block(16, 2, "fused", "gelu")
+        self.second = Block(32, 2, "fused", "gelu")
+        self.pool = nn.Conv2d(16, 32, 3, stride=2, padding=1, groups=16)
+        self.norm, self.head = nn.LayerNorm(32), nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(self.stem(x).flatten(2).transpose(1, 2))
+        x = self.pool(x.transpose(1, 2).unflatten(2, (7, 7)))
+        return self.head(self.norm(self.second(x.flatten(2).transpose(1, 2))).mean(1))
+
+
+def test_a_convolution_per_channel_that_pools_ends_a_stage() -> None:
+    marked = run_until(begin(seeded(PooledByConvolution), noise(2, 2, 7, 7), "int8"), "mark")
+    said = [r.reason for r in remarks_of(marked, "mark") if "end of stage" in r.reason]
+    assert said == [
+        "distill at end of stage 1 of 2: 49 tokens of 16",
+        "distill at end of stage 2 of 2: 16 tokens of 32",
+    ]
 
 
 def test_a_role_of_layers_for_a_norm_is_an_error_that_says_so(tmp_path: Path) -> None:

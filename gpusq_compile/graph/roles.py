@@ -355,7 +355,13 @@ class _Search:
         return not queries.isdisjoint((skip, *above))
 
     def hands_on(self, node: torch.fx.Node) -> bool:
-        return carries_values(node) and not mixes_channels(node) and node not in self.in_trunk
+        """Whether a node goes on with a feature map: no weights make another of it.
+
+        Weights for each channel do, where they change its size, as a pooling by a convolution does.
+        """
+        if mixes_channels(node) or not carries_values(node) or node in self.in_trunk:
+            return False
+        return not is_weighted(node) or static_shape(node) == static_shape(_source(node))
 
     def final_projections(self, classifiers: list[torch.fx.Node]) -> list[torch.fx.Node]:
         """The normalization that feeds each classifier; without one, what feeds it.
@@ -389,6 +395,12 @@ def _adds_of_maps(graph: torch.fx.Graph, dependent: set[torch.fx.Node]) -> list[
         and static_shape(node.all_input_nodes[0]) == static_shape(node.all_input_nodes[1])
         and len(static_shape(node) or ()) >= 3
     ]
+
+
+def _source(node: torch.fx.Node) -> torch.fx.Node:
+    source = node.args[0]
+    assert isinstance(source, torch.fx.Node)
+    return source
 
 
 def _nested(residuals: list[torch.fx.Node]) -> set[torch.fx.Node]:
