@@ -32,6 +32,7 @@ import accuracy_table
 from accuracy_recipe import Job
 from accuracy_rows import ABLATION, ROWS, resolved_rules
 from compile_time import machine, peer_python, versions
+from result_files import write_results
 
 HERE = Path(__file__).resolve().parent
 TEACHERS = ("deit", "swin")
@@ -220,9 +221,8 @@ def main() -> None:
             "versions": versions(),
             **accuracy_table.gather(results),
         }
-        (given.output / "accuracy.json").write_text(json.dumps(document, indent=1) + "\n")
         text = accuracy_table.markdown(document)
-        (given.output / "accuracy.md").write_text(text)
+        write_results(given.output, "accuracy", document, text)
     print(text)
     if failed:
         sys.exit(f"{failed} rows failed")

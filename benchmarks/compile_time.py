@@ -34,6 +34,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from result_files import write_results
+
 HERE = Path(__file__).resolve().parent
 MODEL_FILE = HERE / "timm_model.py"
 PEER_SCRIPT = HERE / "peer" / "modelopt_compile.py"
@@ -351,10 +353,8 @@ def main() -> None:
             result["peer"] = summary(theirs)
         results["models"][model] = result
 
-    arguments.output.mkdir(parents=True, exist_ok=True)
     text = table(results)
-    (arguments.output / "compile_time.json").write_text(json.dumps(results, indent=2) + "\n")
-    (arguments.output / "compile_time.md").write_text(text)
+    write_results(arguments.output, "compile_time", results, text)
     print(text)
 
 

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from compile_time import HERE, MB, MODEL_FILE, RESULTS, machine, versions
+from result_files import write_results
 
 MODELS = ("deit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256")
 RULES = {
@@ -158,7 +159,6 @@ def main() -> None:
         "settings": {"images": IMAGES, "targets": arguments.targets},
         "models": {},
     }
-    arguments.output.mkdir(parents=True, exist_ok=True)
     for model in arguments.models:
         for rules in arguments.rules:
             load = os.getloadavg()[0]
@@ -170,9 +170,7 @@ def main() -> None:
             right = {name: e["planned_type"] for name, e in found["targets"].items()}
             print(f"{model}, {rules}: GEMMs in the planned type {right}", file=sys.stderr)
             # A long run that is stopped keeps what it has.
-            text = json.dumps(results, indent=2) + "\n"
-            (arguments.output / "engine_types.json").write_text(text)
-            (arguments.output / "engine_types.md").write_text(table(results))
+            write_results(arguments.output, "engine_types", results, table(results))
     print(table(results))
 
 

@@ -38,6 +38,7 @@ from typing import Any
 from compile_time import HERE, RESULTS, Ended, machine, run_process, versions
 from models_rows import FAMILIES, ROWS, Row
 from models_table import RULES, brief, tables
+from result_files import read_rows, write_results
 
 ROOT = HERE.parent
 SOURCES = ("gpusq_compile", "passes", "rules")
@@ -45,6 +46,7 @@ BEGIN = "<!-- written by benchmarks/models.py -->"
 END = "<!-- end of what benchmarks/models.py wrote -->"
 EXIT_CODES = {1: "check failed", 2: "bad input", 3: "internal error"}
 EXAMPLES_OF_A_REASON = 3
+SCHEMA = 2
 
 
 def compile_row(row: Row, rules: str, engine: str, timeout: float) -> dict[str, Any]:
@@ -276,30 +278,12 @@ def chosen(patterns: Sequence[str]) -> list[Row]:
     return rows or sys.exit(f"no row matches {' '.join(patterns)}; --list shows them")
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The results so far, empty where there are none or of another schema."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        found = {}
-    if found.get("schema_version") != 2:
-        found = {}
-    return {"schema_version": 2, "rows": {}, **found}
-
-
 def write(results: dict[str, Any], folder: Path) -> None:
-    """Both files, each whole or not there; rows in the order of `ROWS`."""
+    """Write what there is, its rows in the order of `ROWS`."""
     order = {f"{row.name} / {rules}": None for row in ROWS for rules in RULES}
     names = [name for name in (*order, *results["rows"]) if name in results["rows"]]
     results["rows"] = {name: results["rows"][name] for name in dict.fromkeys(names)}
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (
-        ("models.json", json.dumps(results, indent=1) + "\n"),
-        ("models.md", tables(results)),
-    ):
-        temporary = folder / (name + ".writing")
-        temporary.write_text(text)
-        temporary.replace(folder / name)
+    write_results(folder, "models", results, tables(results))
 
 
 def write_readme(results: dict[str, Any], path: Path) -> None:
@@ -329,7 +313,7 @@ def main() -> None:
     if arguments.list:
         print("\n".join(f"{row.family}: {row.name}" for row in rows))
         return
-    results = read(arguments.output / "models.json")
+    results = read_rows(arguments.output / "models.json", schema_version=SCHEMA)
     # Of each row, as a run that goes on may do so elsewhere.
     about = {"machine": machine(), "versions": versions(), "commit": commit()}
     options = {"engine": arguments.engine}

@@ -32,6 +32,7 @@ from compile_time import RESULTS, machine, versions
 from models import EXIT_CODES, chosen, commit, fingerprint, run_row, said_last
 from models_rows import FAMILIES, Row
 from models_table import RULES, table
+from result_files import read_rows, write_results
 
 PHASES = ("sparse", "quantize")
 PHOTOS = 4
@@ -121,15 +122,15 @@ def tables(results: dict[str, Any]) -> str:
     return f"{said}\n\n{table(head, [cells(row, steps) for row in rows], left=3)}\n"
 
 
-def cells(row: dict[str, Any], steps: int) -> tuple[str, ...]:
-    about = (row["family"], row["name"], f"`{row['rules']}`")
+def cells(row: dict[str, Any], steps: int) -> list[str]:
+    about = [row["family"], row["name"], f"`{row['rules']}`"]
     result = "; ".join(faults(row, steps)) or "ok"
     if "phases" not in row:
-        return (*about, *["-"] * 5, f"{row['seconds']:.0f}", result)
+        return [*about, *["-"] * 5, f"{row['seconds']:.0f}", result]
     sparse, quantized = (row["phases"][phase]["loss"] for phase in PHASES)
     numerics = row["numerics"]
     cosine = f"{numerics['min_cosine']:.4f}" if numerics else "-"
-    return (
+    return [
         *about,
         f"{row['masks_ok']} of {row['masked']}",
         course(sparse, "hard"),
@@ -138,7 +139,7 @@ def cells(row: dict[str, Any], steps: int) -> tuple[str, ...]:
         cosine,
         f"{row['seconds']:.0f}",
         result,
-    )
+    ]
 
 
 def course(losses: Sequence[dict[str, float]], part: str) -> str:
@@ -148,29 +149,10 @@ def course(losses: Sequence[dict[str, float]], part: str) -> str:
 
 def smallest() -> list[Row]:
     """The first row of each family."""
-    return list({row.family: row for row in reversed(FAMILIES)}.values())[::-1]
-
-
-def write(results: dict[str, Any], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (
-        ("models_trained.json", json.dumps(results, indent=1) + "\n"),
-        ("models_trained.md", tables(results)),
-    ):
-        temporary = folder / (name + ".writing")
-        temporary.write_text(text)
-        temporary.replace(folder / name)
-
-
-def read(path: Path, steps: int) -> dict[str, Any]:
-    """The results so far, empty where there are none or of other steps."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        found = {}
-    if (found.get("schema_version"), found.get("steps")) != (1, steps):
-        found = {}
-    return {"schema_version": 1, "steps": steps, "rows": {}, **found}
+    first: dict[str, Row] = {}
+    for row in FAMILIES:
+        first.setdefault(row.family, row)
+    return list(first.values())
 
 
 def main() -> None:
@@ -187,7 +169,8 @@ def main() -> None:
     if arguments.list:
         print("\n".join(f"{row.family}: {row.name}" for row in rows))
         return
-    results = read(arguments.output / "models_trained.json", arguments.steps)
+    path = arguments.output / "models_trained.json"
+    results = read_rows(path, schema_version=1, steps=arguments.steps)
     about = {"machine": machine(), "versions": versions(), "commit": commit()}
     for row in rows:
         for rules in arguments.rules:
@@ -198,10 +181,10 @@ def main() -> None:
                 continue
             found = train_row(row, rules, arguments.steps, arguments.timeout)
             results["rows"][name] = {**found, **about, "fingerprint": key}
-            write(results, arguments.output)
+            write_results(path.parent, path.stem, results, tables(results))
             said = "; ".join(faults(found, arguments.steps)) or "ok"
             print(f"{name}: {said}: {found['seconds']:.0f} s", file=sys.stderr)
-    write(results, arguments.output)
+    write_results(path.parent, path.stem, results, tables(results))
     print(tables(results))
 
 

@@ -47,6 +47,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from compile_time import RESULTS, machine, peer_python, versions
+from result_files import write_results
 
 HERE = Path(__file__).resolve().parent
 PEER_SCRIPT = HERE / "peer" / "modelopt_train_step.py"
@@ -390,10 +391,8 @@ def main() -> None:
                 }
         results["threads"][str(threads)] = found
 
-    arguments.output.mkdir(parents=True, exist_ok=True)
     text = table(results)
-    (arguments.output / f"{arguments.name}.json").write_text(json.dumps(results, indent=2) + "\n")
-    (arguments.output / f"{arguments.name}.md").write_text(text)
+    write_results(arguments.output, arguments.name, results, text)
     print(text)
 
 

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,6 @@ from gpusq_compile.finetune.checkpoint import FOLDER as CHECKPOINTS
 from gpusq_compile.finetune.loop import LOSS_NOT_FINITE
 from gpusq_compile.finetune.resume import open_checkpoints
 from gpusq_compile.gates import Gates, check_gates
-from gpusq_compile.graph.stored_rows import StoredRows
-from gpusq_compile.graph.stored_weights import Turned
 from gpusq_compile.language.loader import Rules, load_rules
 from gpusq_compile.load_model import load_source
 from gpusq_compile.model_source import (
@@ -57,7 +55,7 @@ from gpusq_compile.report.observe import Observer
 from gpusq_compile.reproducer import internal_error
 from gpusq_compile.triton import FOLDER as TRITON
 from gpusq_compile.triton import repository_name, write_repository
-from gpusq_compile.user_state import in_user_model, user_state_dict
+from gpusq_compile.user_state import UserParameters, in_user_model, user_state_dict
 
 SCRIPT = "build_engine.sh"
 
@@ -75,18 +73,14 @@ class CompileResult:
     onnx_model: onnx.ModelProto | None
     output: Path | None
     files: list[Path]
-    parameter_shapes: dict[str, torch.Size]
-    tied: dict[str, str] = field(default_factory=dict)
-    turned: dict[str, Turned] = field(default_factory=dict)
-    apart: dict[str, list[StoredRows]] = field(default_factory=dict)
+    parameters: UserParameters
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Float32 weights under the user's own names and shapes, pruned and rounded as deployed.
 
         With a `scope` those of the submodule, under their names in the whole model.
         """
-        state = user_state_dict(self.graph, self.parameter_shapes, self.turned, self.apart)
-        state |= {name: state[first] for name, first in self.tied.items() if first in state}
+        state = user_state_dict(self.graph, self.parameters)
         return in_user_model(state, self.report.get("scope"))
 
 
@@ -279,10 +273,7 @@ def compile_model(
         compilation.onnx_model,
         output if files else None,
         files,
-        compilation.parameter_shapes,
-        compilation.tied,
-        compilation.turned,
-        compilation.apart,
+        compilation.parameters,
     )
 
 

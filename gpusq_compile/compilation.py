@@ -17,8 +17,6 @@ from gpusq_compile.engine import EngineReport
 from gpusq_compile.errors import Location
 from gpusq_compile.finetune.checkpoint import Checkpoints
 from gpusq_compile.graph.state import GraphState
-from gpusq_compile.graph.stored_rows import StoredRows
-from gpusq_compile.graph.stored_weights import Turned
 from gpusq_compile.language.loader import Rules
 from gpusq_compile.lowering.check import StoredLayer
 from gpusq_compile.lowering.lift import CallConvention
@@ -30,6 +28,7 @@ from gpusq_compile.output_cache import Cached
 from gpusq_compile.packed_file import PackedBytes
 from gpusq_compile.processes import Processes
 from gpusq_compile.remarks import Remark
+from gpusq_compile.user_state import UserParameters
 
 if TYPE_CHECKING:
     from gpusq_compile.report.observe import Observer
@@ -63,9 +62,7 @@ class Compilation:
     `probe_samples` samples, and `reference` the outputs before the current pass. `expected` are
     the fake-quantized graph's outputs, which the final file must reproduce, and `onnx_places` the
     lines that the ONNX file's nodes come from, by name. `facts` are what passes so far ensure.
-    `tied` has for each further name of a parameter the first, which the graph reads it by,
-    `turned` which parameters the graph holds with their axes in another order, and `apart` those
-    whose rows it holds as parameters of their own.
+    `parameters` are the user's, with how the graph holds them.
     `accuracy` is top-1, in [0, 1], and `metrics` what the user's `metrics` gave, by stage.
     `observer` looks at the models for the page, None where there will be none.
     `started` is when it began, by the monotonic clock, `running` the pass that runs and `last_good`
@@ -88,10 +85,7 @@ class Compilation:
     facts: set[str] = field(default_factory=set)
     records: list[PassRecord] = field(default_factory=list)
     frozen: frozenset[str] = frozenset()
-    parameter_shapes: dict[str, torch.Size] = field(default_factory=dict)
-    tied: dict[str, str] = field(default_factory=dict)
-    turned: dict[str, Turned] = field(default_factory=dict)
-    apart: dict[str, list[StoredRows]] = field(default_factory=dict)
+    parameters: UserParameters = field(default_factory=UserParameters)
     dense_teacher: torch.fx.GraphModule | None = None
     sparse_teacher: torch.fx.GraphModule | None = None
     tap_weights: list[float] | None = None

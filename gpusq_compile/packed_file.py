@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 import torch.fx
@@ -21,8 +20,6 @@ from gpusq_compile.errors import InternalError
 from gpusq_compile.finetune.checkpoint import save_tensors
 from gpusq_compile.graph.as_json import dtype_name, graph_nodes, graph_tensors
 from gpusq_compile.graph.edit import NAMESPACE
-from gpusq_compile.graph.stored_rows import StoredRows
-from gpusq_compile.graph.stored_weights import Turned
 from gpusq_compile.output import digest
 from gpusq_compile.packed_graph import (
     FORMAT,
@@ -46,7 +43,7 @@ from gpusq_compile.packed_graph import (
 from gpusq_compile.packing import choose_packing, pack
 from gpusq_compile.plan import LayerPlan, first_readers, planned
 from gpusq_compile.sparsity import REDUCTION_AXIS
-from gpusq_compile.user_state import parts_of, weight_scales
+from gpusq_compile.user_state import UserParameters, parts_of, weight_scales
 
 HALF_MAX = torch.finfo(torch.float16).max
 
@@ -80,11 +77,8 @@ def write_packed(
     *,
     model: str,
     scope: str | None,
-    parameters: Mapping[str, torch.Size],
+    parameters: UserParameters,
     half: bool,
-    tied: Mapping[str, str] = MappingProxyType({}),
-    turned: Mapping[str, Turned] = MappingProxyType({}),
-    apart: Mapping[str, Sequence[StoredRows]] = MappingProxyType({}),
 ) -> PackedBytes:
     """Write the folded graph to `folder` as weights.safetensors and graph.json.
 
@@ -92,11 +86,8 @@ def write_packed(
 
     Args:
         model, scope: where the graph came from.
-        parameters: the user's own parameters, with their shapes.
+        parameters: the user's own, and how the graph holds them.
         half: store pruned float weights as float16, which is how they are deployed.
-        tied: for each further name of a parameter the first.
-        turned: how the graph holds parameters whose axes were turned.
-        apart: the parameters whose rows the graph stores apart, and what became of these.
 
     Raises:
         InternalError: a weight breaks the pattern or the range that its plan claims.
@@ -134,15 +125,15 @@ def write_packed(
         weights=FileRecord(file=WEIGHTS, bytes=path.stat().st_size, sha256=digest(path)),
         layers=layers,
         tensors=others,
-        parameters={name: list(shape) for name, shape in parameters.items()},
-        tied=dict(tied),
+        parameters={name: list(shape) for name, shape in parameters.shapes.items()},
+        tied=dict(parameters.tied),
         turned={
             name: TurnedRecord(axes=list(held.axes), rows=held.rows)
-            for name, held in turned.items()
+            for name, held in parameters.turned.items()
         },
         parts={
             name: [PartRecord(tensor=part.tensor, rows=row_ranges(part.rows)) for part in parts]
-            for name, parts in parts_of(graph_module, apart).items()
+            for name, parts in parts_of(graph_module, parameters.apart).items()
         },
         nodes=[NodeRecord(**node) for node in graph_nodes(graph_module)],
     )

@@ -75,9 +75,9 @@ class PackedModel:
             parts,
             graph.parameters,
             {name: _turned(record) for name, record in graph.turned.items()},
+            graph.tied,
         )
-        state = {n: v.float() if n in scales else v for n, v in state.items()}
-        state |= {n: state[first] for n, first in graph.tied.items() if first in state}
+        state = {n: v.float() if graph.tied.get(n, n) in scales else v for n, v in state.items()}
         return in_user_model(state, graph.scope)
 
 

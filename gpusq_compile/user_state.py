@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from dataclasses import dataclass, field
 
 import torch
 import torch.fx
@@ -15,29 +15,42 @@ from gpusq_compile.plan import planned
 from gpusq_compile.quantization.operators import DEQUANTIZE
 
 
+@dataclass
+class UserParameters:
+    """The user's own parameters, and how the graph holds those that it holds otherwise.
+
+    `shapes` are theirs, by name. `tied` has for each further name of a parameter the first, which
+    the graph reads it by; `turned` those that it holds with their axes in another order, and
+    `apart` those whose rows it holds as parameters of their own.
+    """
+
+    shapes: dict[str, torch.Size] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
+    turned: dict[str, Turned] = field(default_factory=dict)
+    apart: dict[str, list[StoredRows]] = field(default_factory=dict)
+
+
 def in_user_model(state: Mapping[str, torch.Tensor], scope: str | None) -> dict[str, torch.Tensor]:
     """A compiled submodule's tensors under their names in the model around it."""
     return {name if scope is None else f"{scope}.{name}": value for name, value in state.items()}
 
 
 def user_state_dict(
-    graph_module: torch.fx.GraphModule,
-    shapes: Mapping[str, Sequence[int]],
-    turned: Mapping[str, Turned] = MappingProxyType({}),
-    apart: Mapping[str, Sequence[StoredRows]] = MappingProxyType({}),
+    graph_module: torch.fx.GraphModule, parameters: UserParameters
 ) -> dict[str, torch.Tensor]:
-    """Float weights of the user's names and `shapes`, pruned and rounded as deployed.
+    """Float weights of the user's names and shapes, pruned and rounded as deployed.
 
-    A layer that was split into parts is put together again, and so are the rows that are stored
-    `apart`; what was `turned` is turned back.
-    Parameters that the graph does not read are left out.
+    A layer that was split into parts is put together again, and so are rows that are stored apart;
+    what was turned is turned back, and what is tied has all of its names. Parameters that the graph
+    does not read are left out.
     """
     return user_tensors(
         graph_tensors(graph_module),
         weight_scales(graph_module),
-        parts_of(graph_module, apart),
-        shapes,
-        turned,
+        parts_of(graph_module, parameters.apart),
+        parameters.shapes,
+        parameters.turned,
+        parameters.tied,
     )
 
 
@@ -47,6 +60,7 @@ def user_tensors(
     parts: Mapping[str, Sequence[StoredRows]],
     shapes: Mapping[str, Sequence[int]],
     turned: Mapping[str, Turned],
+    tied: Mapping[str, str],
 ) -> dict[str, torch.Tensor]:
     """`user_state_dict` of a graph's tensors by name.
 
@@ -70,7 +84,7 @@ def user_tensors(
         else:
             continue
         state[name] = value.reshape(tuple(shape)) if held is None else held.to_user(value, shape)
-    return state
+    return state | {name: state[first] for name, first in tied.items() if first in state}
 
 
 def weight_scales(graph_module: torch.fx.GraphModule) -> dict[str, str]:
@@ -83,8 +97,7 @@ def weight_scales(graph_module: torch.fx.GraphModule) -> dict[str, str]:
 
 
 def parts_of(
-    graph_module: torch.fx.GraphModule,
-    apart: Mapping[str, Sequence[StoredRows]] = MappingProxyType({}),
+    graph_module: torch.fx.GraphModule, apart: Mapping[str, Sequence[StoredRows]]
 ) -> dict[str, list[StoredRows]]:
     """For each parameter that was split, its parts in graph order.
 
@@ -106,10 +119,11 @@ def parts_of(
         found[name] = [
             StoredRows(part.tensor, tuple(piece.rows[row] for row in part.rows))
             for piece in pieces
-            for part in found.pop(piece.tensor, [whole_of(piece)])
+            for part in found.pop(piece.tensor, [whole(piece)])
         ]
     return found
 
 
-def whole_of(piece: StoredRows) -> StoredRows:
+def whole(piece: StoredRows) -> StoredRows:
+    """A piece as its only part."""
     return StoredRows(piece.tensor, tuple(range(len(piece.rows))))

@@ -50,7 +50,7 @@ STAGE_END = "stage_end"
 
 
 def run(compilation: Compilation) -> PassResult:
-    offers = collect(compilation.ir, compilation.rules, compilation.tied)
+    offers = collect(compilation.ir, compilation.rules, compilation.parameters.tied)
     decisions = decide(compilation.rules, [offer.candidate for offer in offers])
     result = PassResult()
     for warning in decisions.warnings:

@@ -21,10 +21,7 @@ def run(compilation: Compilation) -> PassResult:
         compilation.workdir,
         model=compilation.source.origin,
         scope=compilation.network.scope,
-        parameters=compilation.parameter_shapes,
-        tied=compilation.tied,
-        turned=compilation.turned,
-        apart=compilation.apart,
+        parameters=compilation.parameters,
         half=compilation.rules.target.precision == "fp16",
     )
     result = PassResult(matched=len(packed.layers), changed=len(packed.layers))

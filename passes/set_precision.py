@@ -34,8 +34,8 @@ def run(compilation: Compilation) -> PassResult:
         path = compilation.workdir / "ranges.onnx"
         wide = wide_tensors(model, compilation.expected[0].inputs, path)
         refuse_overflow(model, wide)
-    kept = around(model, list(wide))
-    compilation.onnx_model = to_half(model, list(wide))
+    kept = around(model, wide)
+    compilation.onnx_model = to_half(model, kept)
     result.remarks.append(passed("fp16", "float tensors are FP16, inputs and outputs FP32"))
     if kept:
         places = dict.fromkeys(str(compilation.onnx_places.get(name, name)) for name in kept)
@@ -50,7 +50,7 @@ def run(compilation: Compilation) -> PassResult:
 
 def refuse_overflow(model: onnx.ModelProto, wide: Mapping[str, float]) -> None:
     """Raise CheckFailed for a quantized GEMM whose output half has no room for."""
-    for node, largest in beyond(model, dict(wide)):
+    for node, largest in beyond(model, wide):
         raise CheckFailed(
             "half-overflow",
             f"the output of {node.name or node.op_type} reaches {largest:.3g}, beyond the "

@@ -34,6 +34,7 @@ from gpusq_compile.lowering.lift import convention_of
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.remarks import analysis, missed
 from gpusq_compile.user_code import described, user_error
+from gpusq_compile.user_state import UserParameters
 
 MOST_NAMED = 6
 """Submodules that a hint names."""
@@ -64,11 +65,9 @@ def run(compilation: Compilation) -> PassResult:
     check_control_flow(graph_module.graph)
     compilation.convention = convention_of(program, outputs)
     compilation.graph = graph_module
-    compilation.tied = tied_names(module)
-    read_by_first_name(graph_module, compilation.tied)
-    compilation.parameter_shapes = {
-        name: parameter.shape for name, parameter in module.named_parameters()
-    }
+    shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+    compilation.parameters = UserParameters(shapes, tied_names(module))
+    read_by_first_name(graph_module, compilation.parameters.tied)
     compilation.forget_module()
     nodes = len(compilation.graph.graph.nodes)
     result = PassResult(matched=1, changed=1)

@@ -10,13 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpusq_compile import (
-    CompileResult,
-    compile_model,
-)
+from gpusq_compile import CompileResult, compile_model, load_packed
 from gpusq_compile.packed_graph import GRAPH
 from tests.compilations import make_rules
-from tests.models import Shape, TinyViT, images, labelled, seeded
+from tests.models import Shape, TinyViT, images, labelled, noise, seeded
 
 INT4 = {"weight": "int4", "activation": "int4"}
 KINDS: dict[str, dict[str, Any]] = {
@@ -71,6 +68,25 @@ def compiled(model: nn.Module, folder: Path, *rules: dict[str, Any]) -> Case:
         output=folder,
     )
     return Case(result, folder)
+
+
+def state_of(model: nn.Module, kind: str, folder: Path) -> dict[str, Tensor]:
+    """The state_dict of a model of [B, 8, 16], compiled by a key of `KINDS`; its packed files give
+    the same."""
+    result = compile_model(
+        model,
+        (noise(2, 8, 16),),
+        rules=make_rules({"id": "all", "match": {"op": "linear"}, **KINDS[kind]}, verify=LOOSE),
+        calibration_data=[noise(4, 8, 16)],
+        finetune=False,
+        engine="none",
+        output=folder,
+    )
+    state = result.state_dict()
+    packed = load_packed(folder).state_dict()
+    assert state.keys() == packed.keys()
+    assert all(torch.equal(state[name], packed[name]) for name in state)
+    return state
 
 
 def compile_kind(kind: str, folder: Path) -> Case:

@@ -32,6 +32,7 @@ from gpusq_compile.packed_graph import GRAPH, WEIGHTS, row_ranges
 from gpusq_compile.plan import planned
 from gpusq_compile.report.terminal import against_fp32, packed_lines
 from gpusq_compile.sparsity import PATTERNS, magnitude_mask
+from gpusq_compile.user_state import UserParameters
 from tests.compilations import make_rules
 from tests.models import Shape, TinyViT, images, labelled, seeded
 from tests.packed_cases import KINDS, Case, Mixed, compiled
@@ -249,7 +250,9 @@ def test_a_weight_that_breaks_its_plan_is_an_internal_error(
         else:
             weight[weight != 0] = value
         with pytest.raises(InternalError) as caught:
-            write_packed(graph, tmp_path, model="m", scope=None, parameters={}, half=True)
+            write_packed(
+                graph, tmp_path, model="m", scope=None, parameters=UserParameters(), half=True
+            )
     finally:
         weight.copy_(before)
     assert caught.value.code == "cannot-pack"
@@ -287,7 +290,9 @@ def test_values_beyond_float16_are_stored_as_its_largest(
     with torch.no_grad():
         try:
             weight.copy_(mask * 1e6)
-            write_packed(graph, tmp_path, model="m", scope=None, parameters={}, half=True)
+            write_packed(
+                graph, tmp_path, model="m", scope=None, parameters=UserParameters(), half=True
+            )
         finally:
             weight.copy_(before)
     assert torch.equal(

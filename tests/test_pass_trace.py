@@ -48,7 +48,7 @@ def test_parameters_keep_the_users_names_and_nodes_say_where_they_come_from() ->
     model = seeded(TinyViT, Shape(depth=1))
     traced = run_until(begin(model, images(2), make_rules()), "trace")
     assert set(dict(traced.ir.named_parameters())) == set(dict(model.named_parameters()))
-    assert traced.parameter_shapes == {n: p.shape for n, p in model.named_parameters()}
+    assert traced.parameters.shapes == {n: p.shape for n, p in model.named_parameters()}
     places = {module_path(n): n for n in traced.ir.graph.nodes if op_of(n) == "linear"}
     assert set(places) == {
         f"layers.0.{n}" for n in ("mix.wide", "mix.back", "feed.up", "feed.down")

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpusq_compile import CheckFailed, compile_model, load_packed
+from gpusq_compile import CheckFailed, compile_model
 from gpusq_compile.gates import Gates
 from gpusq_compile.graph.stored_rows import StoredRows
 from tests.compilations import begin, make_rules, outputs, plans_of, remarks_of, run_until, targets
 from tests.models import noise, seeded
-from tests.packed_cases import KINDS, LOOSE
+from tests.packed_cases import KINDS, LOOSE, state_of
 
 DIM = 32
 
@@ -54,7 +54,7 @@ def test_projections_of_one_parameter_are_layers_of_their_own() -> None:
         "head": (10, 32),
     }
     assert plans["attention.in_proj_rows_0_32"].roles == ("attention_qkv",)
-    assert compilation.apart == {
+    assert compilation.parameters.apart == {
         f"attention.in_proj_{kind}": [
             StoredRows(f"attention.in_proj_rows_0_32_{kind}", tuple(range(32))),
             StoredRows(f"attention.in_proj_rows_32_96_{kind}", tuple(range(32, 96))),
@@ -70,20 +70,9 @@ def test_projections_of_one_parameter_are_layers_of_their_own() -> None:
 
 @pytest.mark.parametrize("kind", ["2:4 int8", "portable int4", "split int8"])
 def test_the_state_dict_has_the_whole_parameter(kind: str, tmp_path: Path) -> None:
-    result = compile_model(
-        seeded(ClassAttention),
-        (INPUTS,),
-        rules=make_rules({"id": "all", "match": {"op": "linear"}, **KINDS[kind]}, verify=LOOSE),
-        calibration_data=[noise(4, 8, 16)],
-        finetune=False,
-        engine="none",
-        output=tmp_path,
-    )
-    state = result.state_dict()
-    packed = load_packed(tmp_path).state_dict()
+    state = state_of(seeded(ClassAttention), kind, tmp_path)
     model = seeded(ClassAttention)
-    assert state.keys() == packed.keys() == dict(model.named_parameters()).keys()
-    assert all(torch.equal(state[name], packed[name]) for name in state)
+    assert state.keys() == dict(model.named_parameters()).keys()
     dense = model.attention.in_proj_weight.detach().clone()
     bias = model.attention.in_proj_bias.detach().clone()
     model.load_state_dict(state)
@@ -163,7 +152,9 @@ def test_parts_that_do_not_overlap_are_stored_apart(case: str) -> None:
     compilation = run_until(begin(seeded(Rows, compute), INPUTS, make_rules()), "trace")
     before = outputs(compilation)[0]
     run_until(compilation, "canonicalize")
-    assert {range(p.rows[0], p.rows[-1] + 1) for p in compilation.apart["weight"]} == rows
+    assert {
+        range(p.rows[0], p.rows[-1] + 1) for p in compilation.parameters.apart["weight"]
+    } == rows
     torch.testing.assert_close(outputs(compilation)[0], before, rtol=0, atol=1e-5)
     assert "weight" not in dict(compilation.ir.named_parameters())
     assert not {"aten.chunk.default", "aten.slice.Tensor"} & set(targets(compilation))
@@ -188,13 +179,13 @@ def test_parts_of_a_frozen_parameter_are_frozen() -> None:
     model = seeded(Rows, chunked)
     model.weight.requires_grad_(False)
     compilation = run_until(begin(model, INPUTS, make_rules()), "canonicalize")
-    assert {part.tensor for part in compilation.apart["weight"]} <= compilation.frozen
+    assert {part.tensor for part in compilation.parameters.apart["weight"]} <= compilation.frozen
 
 
 @pytest.mark.parametrize("case", WHOLE)
 def test_any_other_parts_are_refused_with_the_reason(case: str) -> None:
     compilation = run_until(begin(seeded(Rows, WHOLE[case]), INPUTS, make_rules()), "mark")
-    assert compilation.apart == {}
+    assert compilation.parameters.apart == {}
     refused = [plan for plan in plans_of(compilation).values() if plan.reasons]
     assert refused
     assert all(plan.sparsity is None and len(plan.shape) == 2 for plan in refused)

@@ -12,11 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gpusq_compile import compile_model, load_packed
 from gpusq_compile.graph.stored_weights import Turned
 from tests.compilations import begin, make_rules, outputs, plans_of, remarks_of, run_until, targets
 from tests.models import noise, seeded
-from tests.packed_cases import KINDS, LOOSE
+from tests.packed_cases import state_of
 
 DIM, HEADS = 32, 4
 
@@ -75,19 +74,7 @@ def test_weights_of_any_axes_are_layers_with_their_roles() -> None:
 
 @pytest.mark.parametrize("kind", ["2:4 int8", "portable int4", "split int8"])
 def test_the_state_dict_has_them_in_the_models_own_form(kind: str, tmp_path: Path) -> None:
-    result = compile_model(
-        seeded(Headed),
-        (INPUTS,),
-        rules=make_rules({"id": "all", "match": {"op": "linear"}, **KINDS[kind]}, verify=LOOSE),
-        calibration_data=[noise(4, 8, 16)],
-        finetune=False,
-        engine="none",
-        output=tmp_path,
-    )
-    state = result.state_dict()
-    packed = load_packed(tmp_path).state_dict()
-    assert state.keys() == packed.keys()
-    assert all(torch.equal(state[name], packed[name]) for name in state)
+    state = state_of(seeded(Headed), kind, tmp_path)
     model = seeded(Headed)
     dense = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(state)
@@ -154,7 +141,7 @@ def test_a_weight_is_stored_as_a_gemm_reads_it(case: str) -> None:
     compilation = run_until(begin(seeded(Product, compute), INPUTS, make_rules()), "trace")
     old = outputs(compilation)[0]
     run_until(compilation, "canonicalize")
-    assert list(compilation.turned.values()) == [turned]
+    assert list(compilation.parameters.turned.values()) == [turned]
     assert targets(compilation).count("aten.linear.default") == 2
     for node in compilation.ir.graph.find_nodes(
         op="call_function", target=torch.ops.aten.linear.default
@@ -180,7 +167,7 @@ def test_a_weight_that_cannot_be_stored_otherwise_stays(case: str) -> None:
     compilation = run_until(begin(seeded(Product, LEFT[case]), INPUTS, make_rules()), "trace")
     old = outputs(compilation)[0]
     run_until(compilation, "mark")
-    assert compilation.turned == {}
+    assert compilation.parameters.turned == {}
     assert torch.equal(outputs(compilation)[0], old)
     refused = {name: plan.reasons for name, plan in plans_of(compilation).items() if plan.reasons}
     assert any("computed in the graph" in str(reasons) for reasons in refused.values())
@@ -204,7 +191,7 @@ class PerHead(nn.Module):
 def test_a_weight_that_is_turned_for_two_layers_stays_one_that_both_read() -> None:
     model = seeded(Product, lambda m, x: (x @ m.square.T).relu() @ m.square.T)
     marked = run_until(begin(model, INPUTS, make_rules()), "mark")
-    assert marked.turned == {}
+    assert marked.parameters.turned == {}
     assert {name: plan.weight for name, plan in plans_of(marked).items()} == {
         "first": "first.weight",
         "square": "square",

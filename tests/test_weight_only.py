@@ -200,7 +200,7 @@ def test_a_block_of_zeros_has_a_positive_scale_in_the_file(tmp_path: Path) -> No
 
 
 def test_the_users_state_dict_holds_the_dequantized_weights(folded: Compilation) -> None:
-    result = CompileResult(folded.ir, {}, None, None, [], folded.parameter_shapes)
+    result = CompileResult(folded.ir, {}, None, None, [], folded.parameters)
     weight = result.state_dict()[f"{LAYER}.weight"]
     levels = tensor_attribute(folded.ir, f"{LAYER}.weight")
     scale = tensor_attribute(folded.ir, "gpusq.weight_scale.layers_0_feed_up")

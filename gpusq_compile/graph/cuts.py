@@ -27,6 +27,7 @@ SPLITS = {
 }
 WHOLE_LIST = {aten.unbind.int, *SPLITS}
 """Operators that return every part; `getitem` takes one."""
+CUTS = {*WHOLE_LIST, aten.select.int, aten.slice.Tensor, aten.narrow.default}
 
 
 class NotCut(Exception):
@@ -121,8 +122,7 @@ def _only_user(node: torch.fx.Node) -> torch.fx.Node:
 
 
 def _all_cut(node: torch.fx.Node) -> bool:
-    cutting = (*WHOLE_LIST, aten.select.int, aten.slice.Tensor, aten.narrow.default)
-    return bool(node.users) and all(user.target in cutting for user in node.users)
+    return bool(node.users) and all(user.target in CUTS for user in node.users)
 
 
 def _axes_after(node: torch.fx.Node, axes: tuple[int, ...], sizes: Sizes) -> tuple[int, ...]:
@@ -170,7 +170,7 @@ def _pieces(
     places: set[tuple[int, bool, int]] = set()
     found: dict[int, list[torch.fx.Node]] = {}
     for cut in cuts:
-        for axis, kept, start, length, node in _pieces_of(cut, size):
+        for axis, kept, start, length, node in pieces_of(cut, size):
             places.add((axis, kept, length))
             found.setdefault(start // length, []).append(node)
             if start % length or size[axis] % length:
@@ -184,10 +184,15 @@ def _pieces(
     return axis, kept, tuple(tuple(found.get(index, ())) for index in range(count))
 
 
-def _pieces_of(
+def pieces_of(
     cut: torch.fx.Node, size: torch.Size
 ) -> list[tuple[int, bool, int, int, torch.fx.Node]]:
-    """(axis, whether it stays, start, length, node) of every part that one node cuts off."""
+    """(axis, whether it stays, start, length, node) of every part that one of `CUTS` cuts off a
+    tensor of this size.
+
+    Raises:
+        NotCut: by a stride, at a place that depends on the input, or its parts are read together.
+    """
     count, target, args = len(size), cut.target, cut.args
     if target is aten.select.int:
         axis = _positive(args[1], count)
@@ -197,7 +202,8 @@ def _pieces_of(
         return [(axis, True, _positive(args[2], size[axis]), _number(args[3]), cut)]
     if target is aten.slice.Tensor:
         axis = _positive(args[1] if len(args) > 1 else 0, count)
-        start, end, step = slice(*(args[2:5] or (None,))).indices(size[axis])
+        bounds = [None if bound is None else _number(bound) for bound in args[2:5]]
+        start, end, step = slice(*(bounds or (None,))).indices(size[axis])
         if step != 1 or end <= start:
             raise NotCut("it is cut by a strided slice")
         return [(axis, True, start, end - start, cut)]

@@ -7,24 +7,20 @@ each part becomes a parameter here, and one again where the user gets his weight
 
 from __future__ import annotations
 
-import operator
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.fx
 
+from gpusq_compile.graph.cuts import SPLITS, NotCut, pieces_of
 from gpusq_compile.graph.edit import insert_get_attr, remove_tensor, replace, set_tensor
-from gpusq_compile.graph.query import aten, is_parameter, is_weighted, shape_of, tensor_attribute
+from gpusq_compile.graph.query import aten, is_parameter, is_weighted, tensor_attribute
 
-SPLITS: frozenset[object] = frozenset(
-    {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default}
-)
-CUTS: frozenset[object] = frozenset({*SPLITS, aten.slice.Tensor, operator.getitem})
-"""What makes parts of a tensor."""
+CUTS: frozenset[object] = frozenset({*SPLITS, aten.slice.Tensor})
+"""What makes parts of a parameter's rows."""
 KINDS = ("weight", "bias")
 
 
@@ -55,53 +51,31 @@ def store_rows_apart(graph_module: torch.fx.GraphModule) -> dict[str, list[Store
             readers[str(node.target)].append(node)
     found = {}
     for path, nodes in readers.items():
-        pieces = _pieces(nodes)
+        pieces = _pieces(nodes, tensor_attribute(graph_module, path).shape)
         if pieces and any(_is_of_layer(piece) for piece in pieces):
-            found[path] = _store_apart(graph_module, path, pieces)
+            found[path] = _store_apart(graph_module, path, nodes, pieces)
     return found
 
 
-def _pieces(nodes: Sequence[torch.fx.Node]) -> Pieces | None:
-    """The parts that the readers `nodes` of one parameter make of its rows.
+def _pieces(nodes: Sequence[torch.fx.Node], size: torch.Size) -> Pieces | None:
+    """The parts that the readers `nodes` of one parameter of this `size` make of its rows.
 
     None where one of them does something else, or where two different parts overlap.
     """
     pieces: Pieces = {}
-    for node in nodes:
-        for user in node.users:
-            rows = _rows_of_splits(user) if user.target in SPLITS else _rows_of_slice(user)
-            if rows is None:
-                return None
-            pieces |= rows
+    for user in (user for node in nodes for user in node.users):
+        if user.target not in CUTS:
+            return None
+        try:
+            parts = pieces_of(user, size)
+        except NotCut:
+            return None
+        if any(axis != 0 or not kept for axis, kept, *_ in parts):
+            return None
+        pieces |= {piece: range(start, start + length) for _, _, start, length, piece in parts}
     distinct = sorted(set(pieces.values()), key=lambda rows: (rows.start, rows.stop))
     apart = all(a.stop <= b.start for a, b in pairwise(distinct))
     return pieces if apart and len(distinct) > 1 else None
-
-
-def _rows_of_splits(node: torch.fx.Node) -> Pieces | None:
-    axis: Any = node.args[2] if len(node.args) > 2 else 0
-    if axis != 0 or any(user.target is not operator.getitem for user in node.users):
-        return None
-    sizes = [int(value.shape[0]) for value in node.meta["val"]]
-    starts = [sum(sizes[:index]) for index in range(len(sizes))]
-    found: Pieces = {}
-    for user in node.users:
-        index: Any = user.args[1]
-        found[user] = range(starts[index], starts[index] + sizes[index])
-    return found
-
-
-def _rows_of_slice(node: torch.fx.Node) -> Pieces | None:
-    if node.target is not aten.slice.Tensor:
-        return None
-    arguments: tuple[Any, ...] = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
-    source, axis, start, end, step = arguments
-    numbers = all(isinstance(n, (int, type(None))) for n in (start, end))
-    if axis != 0 or step != 1 or not numbers:
-        return None
-    whole = int((shape_of(source) or (0,))[0])
-    rows = range(*slice(start, end).indices(whole))
-    return {node: rows} if rows else None
 
 
 def _is_of_layer(piece: torch.fx.Node) -> bool:
@@ -109,8 +83,10 @@ def _is_of_layer(piece: torch.fx.Node) -> bool:
     return any(is_weighted(user) and piece in user.args[1:3] for user in piece.users)
 
 
-def _store_apart(graph_module: torch.fx.GraphModule, path: str, pieces: Pieces) -> list[StoredRows]:
-    """Replace the pieces of a parameter by parameters, and remove it."""
+def _store_apart(
+    graph_module: torch.fx.GraphModule, path: str, readers: list[torch.fx.Node], pieces: Pieces
+) -> list[StoredRows]:
+    """Replace the pieces of a parameter by parameters, and remove it with its readers."""
     value = tensor_attribute(graph_module, path).detach()
     names: dict[range, str] = {}
     for rows in sorted(set(pieces.values()), key=lambda rows: rows.start):
@@ -120,10 +96,10 @@ def _store_apart(graph_module: torch.fx.GraphModule, path: str, pieces: Pieces) 
     for piece, rows in pieces.items():
         with graph.inserting_before(piece):
             replace(piece, insert_get_attr(graph_module, names[rows], provenance=piece))
-    for node in reversed(list(graph.nodes)):
-        makes_parts = node.target in CUTS and node.all_input_nodes[0].target == path
-        if not node.users and (makes_parts or (node.op == "get_attr" and node.target == path)):
-            graph.erase_node(node)
+    for reader in readers:
+        for split in list(reader.users):
+            graph.erase_node(split)
+        graph.erase_node(reader)
     remove_tensor(graph_module, path)
     return [StoredRows(name, tuple(rows)) for rows, name in names.items()]
 

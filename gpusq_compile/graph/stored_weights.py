@@ -8,6 +8,7 @@ back where the user gets his weights (user_state.py).
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,7 +106,7 @@ def parameter_behind(
     graph_module: torch.fx.GraphModule, node: torch.fx.Node
 ) -> torch.fx.Node | None:
     """The parameter whose values, or a part of them, a node has in another shape; else None."""
-    while node.target in TRANSPOSITIONS | FLATTENINGS | EXPANSIONS | CUTS:
+    while node.target in TRANSPOSITIONS | FLATTENINGS | EXPANSIONS | CUTS | {operator.getitem}:
         node = node.all_input_nodes[0]
     return node if is_parameter(graph_module, node) else None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import onnx
@@ -77,7 +77,7 @@ def _largest(low: torch.Tensor, high: torch.Tensor) -> float | None:
     return largest if largest > HALF_MAX / MARGIN else None
 
 
-def around(model: onnx.ModelProto, wide: Sequence[str]) -> list[str]:
+def around(model: onnx.ModelProto, wide: Iterable[str]) -> list[str]:
     """The names of the nodes that make or read one of the `wide` tensors, under new ones where
     they have none: they stay in float32.
 
@@ -96,7 +96,7 @@ def around(model: onnx.ModelProto, wide: Sequence[str]) -> list[str]:
     return found
 
 
-def beyond(model: onnx.ModelProto, wide: dict[str, float]) -> list[tuple[onnx.NodeProto, float]]:
+def beyond(model: onnx.ModelProto, wide: Mapping[str, float]) -> list[tuple[onnx.NodeProto, float]]:
     """The quantized GEMMs whose output is infinite in half, each with the magnitude of it."""
     dequantized = _dequantized(model)
     return [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -11,7 +11,6 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
-from gpusq_compile.lowering.half_range import around
 from gpusq_compile.lowering.to_onnx import OPSET
 
 CAST_TO_HALF, CAST_TO_FLOAT = "_cast_to_fp16_node", "_cast_to_fp32_node"
@@ -27,16 +26,15 @@ INPUT_CAST, OUTPUT_CAST = re.compile(r"graph_input_cast\d+"), re.compile(r"graph
 """The names of the casts that the conversion puts at the model's ends."""
 
 
-def to_half(model: onnx.ModelProto, wide: Sequence[str] = ()) -> onnx.ModelProto:
+def to_half(model: onnx.ModelProto, kept: Sequence[str] = ()) -> onnx.ModelProto:
     """Convert every float tensor to FP16; graph inputs and outputs stay FP32 behind one Cast each.
 
     Scales were learned as FP16 values, so their conversion is exact. Constants beyond the FP16
-    range (masks) are clamped to it. The tensors named in `wide` stay FP32, and so does what makes
-    and reads them (half_range.py).
+    range (masks) are clamped to it. The nodes named in `kept` stay FP32 (half_range.py).
     """
     own_scales(model)
     name_zeros(model)
-    exact = name_summing(model) + name_squares(model) + around(model, wide)
+    exact = [*name_summing(model), *name_squares(model), *kept]
     half = convert_float_to_float16(
         model,
         keep_io_types=True,
@@ -147,7 +145,7 @@ def name_squares(model: onnx.ModelProto) -> list[str]:
     well be. LayerNormalization knows that by itself; RMSNorm and norms in a model's own words do
     not.
     """
-    stored = {tensor.name for tensor in model.graph.initializer}
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
     makers = {name: node for node in model.graph.node for name in node.output}
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in model.graph.node:
@@ -157,7 +155,7 @@ def name_squares(model: onnx.ModelProto) -> list[str]:
     for node in model.graph.node:
         square = makers.get(node.input[0]) if node.input else None
         if node.op_type in ("ReduceMean", "ReduceSum"):
-            if square is None or not is_square(square, model):
+            if square is None or not is_square(square, stored):
                 continue
             found[id(square)] = square
         elif node.op_type not in ("ReduceL2", "ReduceSumSquare") and not contracts_itself(node):
@@ -183,14 +181,12 @@ def contracts_itself(node: onnx.NodeProto) -> bool:
     return node.op_type == "Einsum" and len(node.input) == 2 and len(set(node.input)) == 1
 
 
-def is_square(node: onnx.NodeProto, model: onnx.ModelProto) -> bool:
-    """Whether a node multiplies a tensor with itself."""
+def is_square(node: onnx.NodeProto, stored: Mapping[str, onnx.TensorProto]) -> bool:
+    """Whether a node multiplies a tensor with itself; `stored` are the constants by name."""
     if node.op_type == "Mul":
         return bool(node.input[0] == node.input[1])
-    if node.op_type != "Pow":
-        return False
-    exponents = [t for t in model.graph.initializer if t.name == node.input[1]]
-    return any((onnx.numpy_helper.to_array(tensor) == 2).all() for tensor in exponents)
+    exponent = stored.get(node.input[1]) if node.op_type == "Pow" else None
+    return exponent is not None and bool((onnx.numpy_helper.to_array(exponent) == 2).all())
 
 
 def float32_only(operators: set[str]) -> list[str]:

@@ -223,7 +223,7 @@ def storage(
     compressed = [plan for plan in plans if plan.applied != Treatment()]
     gemm_bytes = sum(compilation.stored[plan.name].weight_bytes for plan in compressed)
     gemm_fp32 = sum(math.prod(plan.shape) * FP32_BYTES for plan in compressed)
-    shapes = compilation.parameter_shapes.values()
+    shapes = compilation.parameters.shapes.values()
     dense = sum(math.prod(shape) * FP32_BYTES for shape in shapes)
     model_bytes = model_file.stat().st_size
     in_packed = compilation.packed.layers if compilation.packed else {}

@@ -124,7 +124,7 @@ def find_places(compilation: Compilation) -> list[tuple[str, dict[str, str]]]:
         wanted = ("patch_embed", "stage_end", "final_projection")
         taps = [
             (offer.node.name, module_path(offer.node) or offer.node.name, role)
-            for offer in collect(compilation.ir, compilation.rules, compilation.tied)
+            for offer in collect(compilation.ir, compilation.rules, compilation.parameters.tied)
             for role in offer.roles
             if role in wanted
         ]
