@@ -133,6 +133,10 @@ def again(m: Rows, x: Tensor) -> Tensor:
 APART: dict[str, tuple[Compute, set[range]]] = {
     "chunks": (chunked, {range(16), range(16, 32), range(32, 48)}),
     "slices, with rows that nothing reads": (sliced, {range(16), range(32, 48)}),
+    "narrow": (
+        lambda m, x: F.linear(F.linear(x, m.weight.narrow(0, 0, 16)), m.weight.narrow(0, 16, 32)),
+        {range(16), range(16, 48)},
+    ),
     "one part by two layers": (again, {range(16), range(16, 48)}),
 }
 WHOLE: dict[str, Compute] = {

@@ -218,6 +218,20 @@ def test_a_weight_per_head_is_named_though_it_was_expanded() -> None:
     assert remark.layer == "mix"
 
 
+@pytest.mark.parametrize("choose", [lambda w: w[1], lambda w: w.unbind()[1]])
+def test_one_of_several_weights_in_a_parameter_is_named(
+    choose: Callable[[Tensor], Tensor],
+) -> None:
+    class Stacked(PerHead):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.embed(x).unflatten(-1, (HEADS, -1)) @ choose(self.mix)
+            return self.head(y.flatten(2))
+
+    marked = run_until(begin(seeded(Stacked), INPUTS, make_rules()), "mark")
+    [remark] = [r for r in remarks_of(marked, "canonicalize") if r.code == "no-linear"]
+    assert remark.layer == "mix"
+
+
 @st.composite
 def turnings(draw: st.DrawFn) -> tuple[Turned, list[int]]:
     axes = draw(st.integers(2, 5).flatmap(lambda n: st.permutations(range(n))))

@@ -15,12 +15,10 @@ from itertools import pairwise
 import torch
 import torch.fx
 
-from gpusq_compile.graph.cuts import SPLITS, NotCut, pieces_of
+from gpusq_compile.graph.cuts import CUTS, NotCut, pieces_of
 from gpusq_compile.graph.edit import insert_get_attr, remove_tensor, replace, set_tensor
-from gpusq_compile.graph.query import aten, is_parameter, is_weighted, tensor_attribute
+from gpusq_compile.graph.query import is_parameter, is_weighted, tensor_attribute
 
-CUTS: frozenset[object] = frozenset({*SPLITS, aten.slice.Tensor})
-"""What makes parts of a parameter's rows."""
 KINDS = ("weight", "bias")
 
 

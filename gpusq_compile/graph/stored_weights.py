@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import torch.fx
 
+from gpusq_compile.graph.cuts import CUTS
 from gpusq_compile.graph.edit import insert_get_attr, set_tensor
 from gpusq_compile.graph.query import aten, is_parameter, shape_of, tensor_attribute
-from gpusq_compile.graph.stored_rows import CUTS
 
 REVERSALS: frozenset[object] = frozenset({aten.t.default, aten.numpy_T.default})
 TRANSPOSITIONS: frozenset[object] = frozenset(
