@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from gpusq_compile import CheckFailed
 from gpusq_compile.compilation import Compilation
+from gpusq_compile.lowering.half_range import MOVES, _save_measured, wide_tensors
 from gpusq_compile.numerics import cosine_per_sample
 from tests.compilations import begin, make_rules, remarks_of, run_until
 from tests.models import noise, seeded
@@ -87,6 +89,33 @@ def test_what_stays_in_float_is_said_with_its_line(tmp_path: Path) -> None:
     [remark] = [r for r in remarks_of(compilation, "set_precision") if r.code == "kept-fp32"]
     assert "test_half_range.py:" in remark.reason
     assert "stay FP32" in remark.reason
+
+
+def test_a_measured_model_is_as_it_was_and_what_moves_values_is_as_wide(tmp_path: Path) -> None:
+    def moved(x: Tensor) -> Tensor:
+        return (x * 1e6).transpose(1, 2).reshape(-1, 4, 64).relu().view(-1, 8, 32) * 1e-6
+
+    rules = make_rules({"id": "none", "match": {"op": "linear"}, "quantize": "none"})
+    compilation = run_until(
+        begin(seeded(Between, moved), noise(4, 8, 16), rules, tmp_path), "surgery"
+    )
+    model = compilation.onnx_model
+    assert model is not None
+    before = model.SerializeToString(deterministic=True)
+    names = _save_measured(model, tmp_path / "measured.onnx")
+    assert model.SerializeToString(deterministic=True) == before
+    behind = [node.op_type for node in onnx.load(tmp_path / "measured.onnx").graph.node]
+    kinds = {name: node.op_type for node in model.graph.node for name in node.output}
+    assert not {kinds[name] for name in names} & MOVES
+    assert all(
+        kind in MOVES or behind[index + 1 : index + 3] == ["ReduceMin", "ReduceMax"]
+        for index, kind in enumerate(behind)
+        if not kind.startswith("Reduce")
+    )
+    wide = wide_tensors(model, compilation.expected[0].inputs, tmp_path / "ranges.onnx")
+    found = {kinds[name]: largest for name, largest in wide.items()}
+    assert {"Mul", "Transpose", "Reshape", "Relu"} <= found.keys()
+    assert found["Mul"] == found["Transpose"] > 65504
 
 
 @pytest.mark.parametrize("compute", [torch.relu, masked])

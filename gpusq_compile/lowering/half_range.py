@@ -17,6 +17,8 @@ MARGIN = 2.0
 """Other data may reach this much further than the batch that is looked at."""
 MASK = 1e30
 """What is beyond it stands for infinity: scores that are masked out, which half clamps."""
+MOVES = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+"""What gives the values that it reads."""
 QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 
@@ -40,28 +42,50 @@ def wide_tensors(
         for value, given in zip(graph.input, inputs, strict=True)
         if given.is_floating_point() and (largest := _largest(given.min(), given.max())) is not None
     }
-    nodes, outputs = len(graph.node), len(graph.output)
-    floats = {value.name for value in graph.value_info if _is_float(value)}
-    floats |= {value.name for value in graph.output if _is_float(value)}
-    names = [name for node in graph.node for name in node.output if name in floats]
-    for kind in ("ReduceMin", "ReduceMax"):
-        for name in names:
-            reduced = f"{name}.{kind}"
-            graph.node.append(helper.make_node(kind, [name], [reduced], keepdims=0))
-            graph.output.append(helper.make_tensor_value_info(reduced, TensorProto.FLOAT, []))
-    try:
-        onnx.save(model, path)
-    finally:
-        del graph.node[nodes:]
-        del graph.output[outputs:]
-    reduced_values = run_session(open_session(path, runs=1), list(inputs))[outputs:]
+    outputs = len(graph.output)
+    names = _save_measured(model, path)
+    reduced = run_session(open_session(path, runs=1), list(inputs))[outputs:]
     path.unlink()
-    lows, highs = reduced_values[: len(names)], reduced_values[len(names) :]
-    for name, low, high in zip(names, lows, highs, strict=True):
+    for name, low, high in zip(names, reduced[::2], reduced[1::2], strict=True):
         largest = _largest(low, high)
         if largest is not None:
             found[name] = largest
+    for node in graph.node:
+        if node.op_type in MOVES and node.input[0] in found:
+            found[node.output[0]] = found[node.input[0]]
     return found
+
+
+def _save_measured(model: onnx.ModelProto, path: Path) -> list[str]:
+    """Save a model that gives the smallest and the largest value of its float tensors, too.
+
+    Each is reduced right behind what makes it: otherwise all of them would be kept for the end.
+
+    Returns:
+        The names of the tensors, in the order of the further outputs, of which each has two.
+    """
+    graph = model.graph
+    outputs = len(graph.output)
+    floats = {v.name for v in (*graph.value_info, *graph.output) if _is_float(v)}
+    nodes, measured, names = list(graph.node), [], []
+    for node in nodes:
+        measured.append(node)
+        for name in node.output if node.op_type not in MOVES else ():
+            if name in floats:
+                names.append(name)
+                for kind in ("ReduceMin", "ReduceMax"):
+                    end = f"{name}.{kind}"
+                    measured.append(helper.make_node(kind, [name], [end], keepdims=0))
+                    graph.output.append(helper.make_tensor_value_info(end, TensorProto.FLOAT, []))
+    try:
+        del graph.node[:]
+        graph.node.extend(measured)
+        onnx.save(model, path)
+    finally:
+        del graph.node[:]
+        graph.node.extend(nodes)
+        del graph.output[outputs:]
+    return names
 
 
 def _is_float(value: onnx.ValueInfoProto) -> bool:

@@ -148,6 +148,8 @@ def open_session(model: Path | bytes, *, runs: int | None = None) -> onnxruntime
     # compiling it.
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
+    # In the order of the file; by default what ends in an output waits until the last one is made.
+    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     # Of its errors only the fatal ones: the others are raised, and say the same.
     options.log_severity_level = 4
