@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from onnx import numpy_helper
 
 from gpusq_compile.engine import BatchRange, MarkedGemm, build_engines
 from gpusq_compile.engine.backend import layer_of_node
+from gpusq_compile.engine.backends import choose_backend
 from gpusq_compile.errors import CheckFailed, InputError
 from tests.engine_blocks import BlockSpec, gemm_names, save_vit
 
@@ -306,6 +308,7 @@ def test_a_write_that_stops_midway_leaves_no_file(tmp_path: Path) -> None:
 
 INTERRUPTED = """
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from gpusq_compile.engine import build_engines
 build_engines(
@@ -370,6 +373,34 @@ def test_a_builder_that_is_killed_is_reported_and_leaves_no_file(tmp_path: Path)
         build_engines(path, tmp_path, backend="tensorrt-rtx", progress=kill_the_builder)
     assert caught.value.code == "engine-build-failed"
     assert "memory" in str(caught.value)
+    assert list((tmp_path / "engine").iterdir()) == []
+
+
+def no_interpreter(folder: Path) -> str:
+    return str(folder / "nothing")
+
+
+def one_that_ends(folder: Path) -> str:
+    """A process that reads nothing and says why it ends."""
+    script = folder / "python"
+    script.write_text("#!/bin/sh\nexec <&-\necho no such library >&2\nexit 127\n")
+    script.chmod(0o755)
+    return str(script)
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("python", "said"), [(no_interpreter, "cannot be started"), (one_that_ends, "no such library")]
+)
+def test_a_builder_that_does_not_start_is_no_fault_of_the_folder(
+    python: Callable[[Path], str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_vit(tmp_path / "model.onnx", BlockSpec())
+    choose_backend("tensorrt-rtx", ["portable"])  # It asks a process of this interpreter.
+    monkeypatch.setattr(sys, "executable", python(tmp_path))
+    with pytest.raises(CheckFailed, match=said) as caught:
+        build_engines(path, tmp_path, backend="tensorrt-rtx")
+    assert caught.value.code == "engine-build-failed"
     assert list((tmp_path / "engine").iterdir()) == []
 
 

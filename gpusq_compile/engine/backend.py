@@ -182,14 +182,22 @@ def _run_worker(job: worker.Job, target: str, progress: Progress | None) -> _Run
     seconds = 0.0
     command = [sys.executable, "-P", str(Path(worker.__file__))]
     with stderr_file.open("w", encoding="utf-8") as stderr:
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
-        )
+        try:
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
+            )
+        except OSError as error:
+            raise CheckFailed(
+                "engine-build-failed",
+                f"the builder for {target} cannot be started as a process: {error}",
+            ) from error
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            process.stdin.write(json.dumps(job) + "\n")
-            process.stdin.flush()
+            # A process that has ended already says by its exit code and its last words why.
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(json.dumps(job) + "\n")
+                process.stdin.flush()
             for line in process.stdout:
                 event = json.loads(line)
                 if event["event"] == "progress" and progress is not None:
@@ -204,7 +212,8 @@ def _run_worker(job: worker.Job, target: str, progress: Progress | None) -> _Run
             process.kill()
             process.wait()
             process.stdout.close()
-            process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
     log_file = Path(job["scratch"]) / worker.LOG_NAME
     lines = log_file.read_text(encoding="utf-8").splitlines() if log_file.exists() else []
     return _Run(
