@@ -23,7 +23,7 @@ from gpusq_compile.compilation import Compilation
 from gpusq_compile.console import Console
 from gpusq_compile.data import check_data
 from gpusq_compile.driver import run_passes
-from gpusq_compile.engine import BatchRange, build_script
+from gpusq_compile.engine import build_script
 from gpusq_compile.engine.backends import choose_backend
 from gpusq_compile.errors import CheckFailed, GpusqError, InputError
 from gpusq_compile.finetune.checkpoint import FOLDER as CHECKPOINTS
@@ -323,7 +323,7 @@ def write_script(compilation: Compilation, path: Path) -> None:
     plans = [plan for _, plan in planned(compilation.ir.graph)]
     text = build_script(
         compilation.targets,
-        BatchRange(),
+        compilation.engine_batch,
         inputs,
         onnx=MODEL_FILE,
         sparse=any(plan.applied.sparsity for plan in plans),
@@ -343,6 +343,7 @@ def write_triton(compilation: Compilation, stage: Path) -> None:
         stage / MODEL_FILE,
         stage / TRITON,
         repository_name(compilation.source.origin),
+        compilation.engine_batch,
         stage / built[0].file if len(built) == 1 else None,
     )
 

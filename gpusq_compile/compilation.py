@@ -12,8 +12,9 @@ import torch
 import torch.fx
 from torch import nn
 
+from gpusq_compile.batch_range import batch_range
 from gpusq_compile.console import Console
-from gpusq_compile.engine import EngineReport
+from gpusq_compile.engine import BatchRange, EngineReport
 from gpusq_compile.errors import Location
 from gpusq_compile.finetune.checkpoint import Checkpoints
 from gpusq_compile.graph.state import GraphState
@@ -113,6 +114,12 @@ class Compilation:
     def targets(self) -> tuple[str, ...]:
         """The GPUs to build for: those of the options, or else those of the rules."""
         return self.options.targets or self.rules.target.compute
+
+    @property
+    def engine_batch(self) -> BatchRange:
+        """The batch sizes to build for, of those that the model takes."""
+        assert self.convention is not None
+        return batch_range(self.ir.graph, self.convention.range_constraints)
 
     @property
     def ir(self) -> torch.fx.GraphModule:

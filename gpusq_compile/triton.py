@@ -65,7 +65,12 @@ def repository_name(origin: str) -> str:
 
 
 def write_repository(
-    model: onnx.ModelProto, onnx_file: Path, folder: Path, name: str, plan: Path | None = None
+    model: onnx.ModelProto,
+    onnx_file: Path,
+    folder: Path,
+    name: str,
+    batch: BatchRange,
+    plan: Path | None = None,
 ) -> None:
     """Write `folder/NAME`.
 
@@ -73,9 +78,9 @@ def write_repository(
         model: the compiled model, for its inputs and outputs.
         onnx_file: the file of it, on the same file system.
         folder: the repository.
+        batch: the sizes of requests together.
         plan: an engine that TensorRT built of it.
     """
-    batch = BatchRange()
     home = folder / name
     (home / VERSION).mkdir(parents=True)
     (home / "configs").mkdir()
@@ -113,9 +118,10 @@ def config(model: onnx.ModelProto, name: str, backend: str, batch: BatchRange) -
         *_tensors("output", outputs, batched),
     ]
     if batched:
+        preferred = ", ".join(map(str, sorted({batch.opt, batch.max})))
         lines += [
             "dynamic_batching {",
-            f"  preferred_batch_size: [ {batch.opt}, {batch.max} ]",
+            f"  preferred_batch_size: [ {preferred} ]",
             f"  max_queue_delay_microseconds: {QUEUE_DELAY_US}",
             "}",
         ]

@@ -13,7 +13,6 @@ from gpusq_compile.attention_plan import planned_attentions
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.engine import (
     AttentionInEngine,
-    BatchRange,
     MarkedAttention,
     MarkedGemm,
     build_engines,
@@ -53,7 +52,7 @@ def run(compilation: Compilation) -> PassResult:
             targets=compilation.targets,
             gemms=gemms,
             attentions=attentions,
-            batch=BatchRange(),
+            batch=compilation.engine_batch,
             progress=lambda target, phase, done: advance(f"{target}: {phase}", to=100 * done),
         )
     compilation.engine = report

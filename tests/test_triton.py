@@ -118,7 +118,12 @@ def test_an_engine_of_tensorrt_is_served_in_the_first_place(tmp_path: Path) -> N
     built = model(IMAGES, LOGITS)
     repository = tmp_path / "triton"
     write_repository(
-        built, tmp_path / "model.onnx", repository, "vit", tmp_path / "model.sm89.plan"
+        built,
+        tmp_path / "model.onnx",
+        repository,
+        "vit",
+        BatchRange(),
+        tmp_path / "model.sm89.plan",
     )
     assert (repository / "vit/1/model.plan").read_bytes() == b"plan"
     assert parse_config((repository / "vit/config.pbtxt").read_text()).backend == "tensorrt"
