@@ -224,21 +224,23 @@ class LayerInputs:
         each = bytes_of_a_sample(compilation)
         room = max(LEAST_SAMPLES, int(MOST_BYTES / each)) if each else sys.maxsize
         cuttable = compilation.source.dynamic_shapes is None
-        full = False
+        left_out = False
         for batch in batches(
             factory, name, compilation.device, compilation.rules.calibration.batches
         ):
             left = room - samples
-            full = batch.size > left
-            if full and cuttable and left >= LEAST_SAMPLES:
-                batch = batch.part(0, left)
-            elif full and calls:
-                break
+            if batch.size > left:
+                cut = cuttable and left >= LEAST_SAMPLES
+                left_out = cut or bool(calls)
+                if cut:
+                    batch = batch.part(0, left)
+                elif calls:
+                    break
             calls.append(compilation.network.scoped_inputs(batch.inputs))
             samples += batch.size
-            if full or (most is not None and parameters * samples >= most):
+            if left_out or (most is not None and parameters * samples >= most):
                 break
-        if full:
+        if left_out:
             text = (
                 f"{what} looked at {samples} samples of {name}() alone: the values of more would "
                 f"take over {MOST_BYTES >> 20} MiB at one layer"

@@ -96,6 +96,22 @@ def test_of_many_samples_only_those_are_looked_at_whose_values_may_be_held(
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("batches", [1, 2])
+def test_a_batch_that_may_not_be_cut_is_looked_at_whole(
+    batches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = labelled(batches)
+    compilation = begin(
+        seeded(TinyViT, Shape(depth=1)), images(2), make_rules(method("obs")), data=data
+    )
+    compilation.source.dynamic_shapes = ({0: torch.export.Dim("batch")},)
+    monkeypatch.setattr(second_moments, "MOST_BYTES", 1)
+    run_until(compilation, "sparsify")
+    said = [r.reason for r in remarks_of(compilation, "sparsify") if r.code == "fewer-samples"]
+    assert len(said) == batches - 1, "of a single batch nothing is left out"
+    assert all(f"looked at {len(data[0][0])} samples" in text for text in said)
+
+
 def part(batch: Any, samples: int) -> Any:
     return tuple(value[:samples] for value in batch)
 
