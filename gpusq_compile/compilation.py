@@ -20,6 +20,7 @@ from gpusq_compile.finetune.checkpoint import Checkpoints
 from gpusq_compile.graph.state import GraphState
 from gpusq_compile.language.loader import Rules
 from gpusq_compile.lowering.check import StoredLayer
+from gpusq_compile.lowering.half_range import MeasuredRun
 from gpusq_compile.lowering.lift import CallConvention
 from gpusq_compile.lowering.runtime import Expected
 from gpusq_compile.model_source import ModelSource
@@ -63,7 +64,8 @@ class Compilation:
     `probe_samples` samples, and `reference` the outputs before the current pass. `expected` are
     the fake-quantized graph's outputs, which the final file must reproduce, and `onnx_places` the
     lines that the ONNX file's nodes come from, by name. `facts` are what passes so far ensure.
-    `parameters` are the user's, with how the graph holds them.
+    `parameters` are the user's, with how the graph holds them. `measured` is the run by which
+    the ONNX model was checked since it was last changed.
     `accuracy` is top-1, in [0, 1], and `metrics` what the user's `metrics` gave, by stage.
     `observer` looks at the models for the page, None where there will be none.
     `started` is when it began, by the monotonic clock, `running` the pass that runs and `last_good`
@@ -99,6 +101,7 @@ class Compilation:
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     verify: dict[str, Any] = field(default_factory=dict)
     packed: PackedBytes | None = None
+    measured: MeasuredRun | None = None
     engine: EngineReport | None = None
     observer: Observer | None = None
     started: float = field(default_factory=time.monotonic)

@@ -18,12 +18,8 @@ from gpusq_compile.compilation import Compilation, PassRecord
 from gpusq_compile.errors import InternalError
 from gpusq_compile.graph.state import GraphState
 from gpusq_compile.graph.text import graph_text
-from gpusq_compile.lowering.runtime import (
-    at_its_line,
-    open_session,
-    run_session,
-    tensor_leaves,
-)
+from gpusq_compile.lowering.half_range import run_measured
+from gpusq_compile.lowering.runtime import at_its_line, tensor_leaves
 from gpusq_compile.lowering.text import onnx_text
 from gpusq_compile.lowering.validity import check_valid
 from gpusq_compile.numerics import is_rounding, largest_difference
@@ -188,12 +184,9 @@ def onnx_change(compilation: Compilation, step: Pass) -> float:
         raise InternalError("onnx-invalid", f"pass '{step.name}' left: {error}") from error
     # From a file, as a session keeps the bytes that it is given beside what it makes of them.
     path = compilation.workdir / f"{step.name}.onnx"
-    onnx.save(model, path)
     with at_its_line(compilation.onnx_places):
-        session = open_session(path, runs=1)
-        outputs = run_session(session, tensor_leaves(compilation.probe))
-    path.unlink()
-    return change_to(compilation, outputs)
+        compilation.measured = run_measured(model, tensor_leaves(compilation.probe), path)
+    return change_to(compilation, compilation.measured.outputs)
 
 
 def ir_text(compilation: Compilation) -> str:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from gpusq_compile import CheckFailed
 from gpusq_compile.compilation import Compilation
-from gpusq_compile.lowering.half_range import MOVES, _save_measured, wide_tensors
+from gpusq_compile.lowering.half_range import MOVES, MeasuredRun, _save_measured, run_measured
 from gpusq_compile.numerics import cosine_per_sample
+from gpusq_compile.passes import set_precision
 from tests.compilations import begin, make_rules, remarks_of, run_until
 from tests.models import noise, seeded
 
@@ -112,10 +113,11 @@ def test_a_measured_model_is_as_it_was_and_what_moves_values_is_as_wide(tmp_path
         for index, kind in enumerate(behind)
         if not kind.startswith("Reduce")
     )
-    wide = wide_tensors(model, compilation.expected[0].inputs, tmp_path / "ranges.onnx")
-    found = {kinds[name]: largest for name, largest in wide.items()}
+    run = run_measured(model, compilation.expected[0].inputs, tmp_path / "ranges.onnx")
+    found = {kinds[name]: largest for name, largest in run.wide.items()}
     assert {"Mul", "Transpose", "Reshape", "Relu"} <= found.keys()
     assert found["Mul"] == found["Transpose"] > 65504
+    torch.testing.assert_close(run.outputs, compilation.expected[0].outputs)
 
 
 @pytest.mark.parametrize("compute", [torch.relu, masked])
@@ -139,3 +141,26 @@ def test_a_quantized_layer_that_half_has_no_room_for_is_refused(tmp_path: Path) 
     assert caught.value.code == "half-overflow"
     assert "the output of last reaches" in caught.value.message
     assert "fp32" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("samples", [2, 5])
+def test_the_check_of_the_surgery_shows_what_is_wide_on_its_batch(
+    samples: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute, scale = LARGE["a product that is scaled down"]
+    rules = make_rules(
+        {"id": "none", "match": {"op": "linear"}, "quantize": "none"}, precision="fp16"
+    )
+    model = seeded(Between, compute, scale)
+    given = begin(model, noise(2, 8, 16), rules, tmp_path, data=[noise(samples, 8, 16)])
+    run_until(given, "surgery")
+    runs = []
+
+    def counted(model: onnx.ModelProto, inputs: list[Tensor], path: Path) -> MeasuredRun:
+        runs.append(len(inputs[0]))
+        return run_measured(model, inputs, path)
+
+    monkeypatch.setattr(set_precision, "run_measured", counted)
+    run_until(given, "set_precision")
+    assert runs == ([] if samples == 2 else [5])
+    assert [r for r in remarks_of(given, "set_precision") if r.code == "kept-fp32"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
@@ -22,38 +23,43 @@ MOVES = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Un
 QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 
-def wide_tensors(
-    model: onnx.ModelProto, inputs: Sequence[torch.Tensor], path: Path
-) -> dict[str, float]:
-    """The float32 tensors of a model that come too near to half's largest number on one batch.
+@dataclass(frozen=True)
+class MeasuredRun:
+    """What a model gave for flat `inputs`: its flat `outputs`, and its `wide` tensors, those in
+    float32 that come too near to half's largest number, by name with their largest magnitudes."""
 
-    They are measured in ONNX Runtime, in float32: its CPU kernels compute operators in half as
-    floats, so that a model in half shows nothing. `path` is where the model is kept meanwhile.
+    inputs: list[torch.Tensor]
+    outputs: list[torch.Tensor]
+    wide: dict[str, float]
 
-    Returns:
-        The largest magnitude of each such tensor, by name.
+
+def run_measured(model: onnx.ModelProto, inputs: Sequence[torch.Tensor], path: Path) -> MeasuredRun:
+    """Run a model once on one batch in ONNX Runtime, and see which of its tensors are wide.
+
+    In float32: its CPU kernels compute operators in half as floats, so that a model in half shows
+    nothing. `path` is where the model is kept meanwhile.
 
     Raises:
         CheckFailed: ONNX Runtime cannot run the model.
     """
     graph = model.graph
-    found = {
+    wide = {
         value.name: largest
         for value, given in zip(graph.input, inputs, strict=True)
         if given.is_floating_point() and (largest := _largest(given.min(), given.max())) is not None
     }
-    outputs = len(graph.output)
     names = _save_measured(model, path)
-    reduced = run_session(open_session(path, runs=1), list(inputs))[outputs:]
+    found = run_session(open_session(path, runs=1), list(inputs))
     path.unlink()
-    for name, low, high in zip(names, reduced[::2], reduced[1::2], strict=True):
+    outputs, ends = found[: len(graph.output)], found[len(graph.output) :]
+    for name, low, high in zip(names, ends[::2], ends[1::2], strict=True):
         largest = _largest(low, high)
         if largest is not None:
-            found[name] = largest
+            wide[name] = largest
     for node in graph.node:
-        if node.op_type in MOVES and node.input[0] in found:
-            found[node.output[0]] = found[node.input[0]]
-    return found
+        if node.op_type in MOVES and node.input[0] in wide:
+            wide[node.output[0]] = wide[node.input[0]]
+    return MeasuredRun(list(inputs), outputs, wide)
 
 
 def _save_measured(model: onnx.ModelProto, path: Path) -> list[str]:
