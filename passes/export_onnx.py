@@ -13,8 +13,9 @@ import torch
 
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.errors import CheckFailed
+from gpusq_compile.lowering.exporter_table import OPSET
 from gpusq_compile.lowering.lift import UndecomposedProgram, lift
-from gpusq_compile.lowering.to_onnx import OPSET, to_onnx
+from gpusq_compile.lowering.to_onnx import to_onnx
 from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.remarks import analysis
 

@@ -8,14 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from onnxscript import FLOAT, opset21
 from torch import Tensor, nn
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from gpusq_compile.errors import CheckFailed, InputError
 from gpusq_compile.lowering.decompose import decompose, is_translated, untranslatable
+from gpusq_compile.lowering.exporter_table import OPSET, made_once, translations
 from gpusq_compile.lowering.precision import to_half
 from gpusq_compile.lowering.runtime import open_session, run_session
 from gpusq_compile.lowering.to_onnx import to_onnx
 from gpusq_compile.passes.trace import unlift
+from gpusq_compile.quantization.operators import QUANTIZE
 from tests.compilations import begin, make_rules, run_until
 from tests.models import Perceptron, noise
 
@@ -164,3 +168,22 @@ def test_resizes_are_half_precision_too() -> None:
     with torch.no_grad():
         expected = model(images)
     torch.testing.assert_close(run_session(half, [images])[0], expected, rtol=1e-2, atol=1e-2)
+
+
+def test_the_exporters_table_is_made_once_and_nothing_is_added_to_it() -> None:
+    own = vars(ONNXRegistry)["from_torchlib"]
+    before = {target: list(found) for target, found in translations().functions.items()}
+    with made_once():
+        table = ONNXRegistry.from_torchlib(opset_version=OPSET)
+        table.register_op(QUANTIZE, quantize)
+        table.register_op(torch.ops.aten.relu.default, quantize)
+        assert table.is_registered(QUANTIZE)
+        other = ONNXRegistry.from_torchlib(opset_version=OPSET - 1)
+    assert vars(ONNXRegistry)["from_torchlib"] is own
+    assert translations().functions == before
+    assert table.opset_version == OPSET
+    assert other.opset_version == OPSET - 1
+
+
+def quantize(value: FLOAT) -> FLOAT:
+    return opset21.Relu(value)

@@ -15,13 +15,13 @@ import torch
 import torch.fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
-from torch.onnx._internal.exporter import _decomp, _registration
+from torch.onnx._internal.exporter import _decomp
 from torch.utils._pytree import tree_map_only
 
 from gpusq_compile.graph.edit import copy_provenance, fake_mode_of
 from gpusq_compile.graph.inline import put_in_line
+from gpusq_compile.lowering.exporter_table import translations
 from gpusq_compile.lowering.norms import rms_norm
-from gpusq_compile.lowering.to_onnx import OPSET
 from gpusq_compile.quantization.operators import DEQUANTIZE, QUANTIZE
 
 OWN: dict[object, Callable[..., Any]] = {torch.ops.aten.rms_norm.default: rms_norm}
@@ -29,18 +29,17 @@ OWN: dict[object, Callable[..., Any]] = {torch.ops.aten.rms_norm.default: rms_no
 
 
 @cache
-def _translations() -> tuple[_registration.ONNXRegistry, dict[Any, Callable[..., Any]]]:
-    """The operators that the exporter translates whole, and its table of decompositions."""
-    registry = _registration.ONNXRegistry.from_torchlib(OPSET)
-    known = set(_decomp.get_onnx_implemented_overloads(registry))
-    return registry, _decomp.create_onnx_friendly_decomposition_table(known)
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    """The exporter's table of decompositions."""
+    known = set(_decomp.get_onnx_implemented_overloads(translations()))
+    return _decomp.create_onnx_friendly_decomposition_table(known)
 
 
 def is_translated(target: object) -> bool:
     """Whether an operator is translated as it is: by the exporter, or by a translation of ours."""
     if not isinstance(target, torch._ops.OpOverload) or target in (QUANTIZE, DEQUANTIZE):
         return True
-    return _translations()[0].is_registered(target)
+    return bool(translations().is_registered(target))
 
 
 def untranslatable(graph: torch.fx.Graph) -> torch.fx.Node | None:
@@ -86,7 +85,7 @@ def decomposition(node: torch.fx.Node) -> torch.fx.Graph | None:
             # ONNX knows no strides: to keep them would take operators of their own.
             values = [tree_map_only(torch.Tensor, _contiguous, s.meta["val"]) for s in sources]
             traced = make_fx(
-                call, decomposition_table=_translations()[1], _allow_non_fake_inputs=True
+                call, decomposition_table=_decompositions(), _allow_non_fake_inputs=True
             )(*values)
     except Exception:
         return None  # Whatever it is, the exporter meets it too, and says so with the node's name.

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
-from gpusq_compile.lowering.to_onnx import OPSET
+from gpusq_compile.lowering.exporter_table import OPSET
 
 CAST_TO_HALF, CAST_TO_FLOAT = "_cast_to_fp16_node", "_cast_to_fp32_node"
 """How the names end of the casts that the conversion puts around an operator in FP32."""

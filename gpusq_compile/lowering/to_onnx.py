@@ -18,9 +18,9 @@ from onnxscript import FLOAT, INT8, opset21
 
 from gpusq_compile.errors import CheckFailed, Location
 from gpusq_compile.graph.query import operator_name, place_in, place_of
+from gpusq_compile.lowering.exporter_table import OPSET, made_once
 from gpusq_compile.quantization.operators import DEQUANTIZE, QUANTIZE
 
-OPSET = 21
 STACK_TRACE = "pkg.torch.onnx.stack_trace"
 """Where the exporter leaves a node's stack trace."""
 
@@ -98,7 +98,7 @@ def translated(program: torch.export.ExportedProgram) -> ir.Model:
         CheckFailed: the exporter has no translation for an operator.
     """
     try:
-        with quiet_exporter():
+        with quiet_exporter(), made_once():
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
