@@ -22,6 +22,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from statistics import median
@@ -87,6 +88,17 @@ def with_peer_rates(job: Job, folder: Path, stale: bool = False) -> Job:
     return Job(job.row, job.teacher, job.seed, job.split, max(done)[1])
 
 
+def waits_for_rates(job: Job, unfinished: Sequence[Job]) -> bool:
+    """Whether a peer's job of a later seed has to wait for one that tries a rate for it."""
+    if job.row not in PEER_ROWS or job.lr is not None:
+        return False
+    return any(
+        other.lr is not None
+        and (other.row, other.teacher, other.split) == (job.row, job.teacher, job.split)
+        for other in unfinished
+    )
+
+
 def read(job: Job, folder: Path, stale: bool = False) -> dict[str, Any] | None:
     """The result of a job, None if there is none.
 
@@ -140,8 +152,13 @@ def run_all(wanted: list[Job], folder: Path, workers: int) -> int:
     running: dict[Future[str | None], Job] = {}
     with ThreadPoolExecutor(workers) as pool:
         while waiting or running:
-            while waiting and len(running) < workers:
-                job = waiting.pop(0)
+            while len(running) < workers:
+                unfinished = [*waiting, *running.values()]
+                ready = (job for job in waiting if not waits_for_rates(job, unfinished))
+                job = next(ready, None)
+                if job is None:
+                    break
+                waiting.remove(job)
                 running[pool.submit(run, job, folder, peer)] = job
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 job = running.pop(future)
