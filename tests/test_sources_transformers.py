@@ -22,7 +22,7 @@ from torch import Tensor
 from gpusq_compile.errors import InputError
 from gpusq_compile.load_model import load_source
 from gpusq_compile.model_source import ModelSource
-from gpusq_compile.sources.images import whole_image
+from gpusq_compile.sources.images import classified_image, whole_image
 from gpusq_compile.sources.transformers_images import input_images
 from tests.tiny_transformers import config_of, save_config, save_model
 
@@ -243,6 +243,33 @@ class TestImages:
         file = {"size": size, "image_processor_type": kind, **said}
         images, _ = input_images(config_of("ViTForImageClassification"), file, "vit")
         torch.testing.assert_close(whole_image(images)(photo), expected, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("size", [32, 384])
+    @pytest.mark.parametrize(
+        ("kind", "said"),
+        [
+            ("ConvNextImageProcessorPil", {"crop_pct": 0.8}),
+            ("PoolFormerImageProcessorPil", {"crop_pct": 0.8, "do_center_crop": True}),
+            ("CLIPImageProcessorPil", {"do_center_crop": True}),
+        ],
+    )
+    def test_an_image_is_resized_and_cut_as_by_the_librarys_own_preprocessor(
+        self, kind: str, said: dict[str, Any], size: int
+    ) -> None:
+        said = {"size": {"shortest_edge": size}, **said}
+        if "do_center_crop" in said:
+            said["crop_size"] = {"height": size, "width": size}
+        pixels = np.random.default_rng(0).integers(0, 256, (25, 30, 3), dtype=np.uint8)
+        photo = Image.fromarray(pixels).resize((600, 500), Image.Resampling.BICUBIC)
+        library = getattr(transformers, kind)(**said)
+        expected = library(photo, return_tensors="pt")["pixel_values"][0]
+        config = config_of("ViTForImageClassification")
+        config.image_size = size
+        file = {"image_processor_type": kind, **said}
+        images, _ = input_images(config, file, "vit")
+        found = classified_image(images)(photo)
+        assert found.shape == expected.shape
+        assert float((found - expected).abs().max()) < 0.1
 
     def test_every_filter_of_pillow_is_known(self) -> None:
         config = config_of("ViTForImageClassification")

@@ -17,6 +17,7 @@ PILLOW_FILTERS: dict[int | None, str] = dict(
 PROCESSOR_KEYS = (
     "size",
     "crop_size",
+    "crop_pct",
     "do_center_crop",
     "do_normalize",
     "image_mean",
@@ -26,6 +27,8 @@ PROCESSOR_KEYS = (
     "rescale_factor",
     "do_flip_channel_order",
 )
+WHOLE_FROM = 384
+"""The least size to which a preprocessor with `crop_pct` alone resizes images without a cut."""
 BYTES = 255.0
 """What 1 stands for in an image's file."""
 
@@ -121,7 +124,12 @@ def _own_size(config: Any) -> tuple[int, int] | None:
 def _made(said: dict[str, Any]) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
     """The size that a preprocessor cuts images to, and that to which it resizes them before."""
     cut = _size(said.get("crop_size")) if said.get("do_center_crop") else None
-    return cut, _size(said.get("size")) if said.get("do_resize") is not False else None
+    resized = _size(said.get("size")) if said.get("do_resize") is not False else None
+    share = said.get("crop_pct")
+    if share and resized and (cut or min(resized) < WHOLE_FROM):
+        # `size` is then what is left of the larger image, as ConvNeXt's and PoolFormer's say it.
+        cut, resized = cut or resized, (int(resized[0] / share), int(resized[1] / share))
+    return cut, resized
 
 
 def _normalization(

@@ -43,6 +43,9 @@ def check_processor(file: JsonFile, channels: int) -> None:
     resample = said.get("resample")
     if resample is not None and not (is_whole(resample) and 0 <= resample <= 5):
         raise _wrong(file, "resample", f"Pillow's number of a filter: {FILTERS}")
+    share = said.get("crop_pct")
+    if share is not None and not (_is_number(share) and 0 < share <= 1):
+        raise _wrong(file, "crop_pct", "the share of the resized side that is kept, up to 1")
     # Where the step is left out, the library does not look at its values.
     if said.get("do_rescale") or said.get("rescale_factor") is not None:
         _check_factor(file)
