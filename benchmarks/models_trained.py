@@ -5,9 +5,10 @@
 
 Each row is one `gpusq-compile` with the whole fine-tune of the shipped rules, cut to a few steps in
 each phase: classifiers on photos that scikit-learn ships (`imagefolder:`), the examples on their
-own data. Weights are random and steps are few, so what a row shows is that the task's loss reaches
-the compressed layers, that every number stays finite, and that masks, scales and the final file
-hold after it. What training is worth is measured in `accuracy.py`.
+own data. All steps see the same images, so that a loss at the end compares to that at the start.
+Weights are random and steps are few: what a row shows is that the task's loss reaches the
+compressed layers and falls, that every number stays finite, and that masks, scales and the final
+file hold after it. What training is worth is measured in `accuracy.py`.
 
 Of each family the smallest member is trained, unless `--only` says otherwise. Rows that are there
 from the same sources and options are kept. Writes `results/models_trained.json` and
@@ -22,6 +23,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from compile_time import RESULTS, machine, versions
-from models import EXIT_CODES, chosen, commit, fingerprint, run_row, said_last
+from models import EXIT_CODES, ROOT, chosen, commit, fingerprint, run_row, said_last
 from models_rows import FAMILIES, Row
 from models_table import RULES, table
 from result_files import read_rows, write_results
@@ -38,6 +40,20 @@ PHASES = ("sparse", "quantize")
 PHOTOS = 4
 """One batch. A batch of one image would have no statistics for a model that normalizes by them."""
 
+ONE_BATCH = """\
+import sys
+
+sys.path.insert(0, {folder!r})
+
+import {module} as example
+from {module} import *
+
+
+def train_data():
+    return [next(iter(example.train_data()))]
+"""
+"""A model file that is another one but for its training data: only the first batch of it."""
+
 
 def train_row(row: Row, rules: str, steps: int, timeout: float) -> dict[str, Any]:
     """Compile one row with a fine-tune of `steps` in each phase; what the results hold of it."""
@@ -45,7 +61,9 @@ def train_row(row: Row, rules: str, steps: int, timeout: float) -> dict[str, Any
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         options = ["--engine", "none"]
-        if not row.spec.endswith(".py"):
+        if row.spec.endswith(".py"):
+            row = replace(row, spec=str(save_with_one_batch(ROOT / row.spec, folder)))
+        else:
             options += ["--data", f"imagefolder:{save_photos(folder / 'photos')}"]
         output, ended = run_row(
             row, rules, folder, options, timeout, verify=row.verify, finetune=cut
@@ -72,6 +90,13 @@ def save_photos(folder: Path) -> Path:
             corner = photo[40 * number :, 60 * number :][:360, :540]
             Image.fromarray(corner).save(folder / name / f"{number}.png")
     return folder
+
+
+def save_with_one_batch(file: Path, folder: Path) -> Path:
+    """A model file in `folder` that is `file`, trained on one batch alone."""
+    path = folder / f"{file.stem}_on_one_batch.py"
+    path.write_text(ONE_BATCH.format(folder=str(file.parent), module=file.stem))
+    return path
 
 
 def of_report(report: dict[str, Any]) -> dict[str, Any]:
@@ -116,8 +141,9 @@ def tables(results: dict[str, Any]) -> str:
     rows = list(results["rows"].values())
     steps = results["steps"]
     said = (
-        f"{steps} steps in each phase, the losses of the first and the last of them. `own loss` is "
-        "the task's, by labels; `difference to the teacher` is that of the tapped features."
+        f"{steps} steps in each phase, all on the same images; the losses of the first and the "
+        "last of them. `own loss` is the task's, by labels; `difference to the teacher` is that of "
+        "the tapped features, from random weights that the labels lead away from."
     )
     return f"{said}\n\n{table(head, [cells(row, steps) for row in rows], left=3)}\n"
 
@@ -159,7 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", default=(), metavar="GLOB", help="names or families")
     parser.add_argument("--rules", nargs="+", default=RULES, help="shipped names or files")
-    parser.add_argument("--steps", type=int, default=2, help="optimizer steps in each phase")
+    parser.add_argument("--steps", type=int, default=6, help="optimizer steps in each phase")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds for one row")
     parser.add_argument("--list", action="store_true", help="print the rows and end")
     parser.add_argument("-o", "--output", type=Path, default=RESULTS, help="folder for the results")
@@ -170,7 +196,7 @@ def main() -> None:
         print("\n".join(f"{row.family}: {row.name}" for row in rows))
         return
     path = arguments.output / "models_trained.json"
-    results = read_rows(path, schema_version=1, steps=arguments.steps)
+    results = read_rows(path, schema_version=2, steps=arguments.steps)
     about = {"machine": machine(), "versions": versions(), "commit": commit()}
     for row in rows:
         for rules in arguments.rules:
