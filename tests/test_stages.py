@@ -13,9 +13,10 @@ from gpusq_compile.graph.query import static_shape
 from gpusq_compile.plan import TAP_PLAN
 from tests.compilations import TAPS, begin, make_rules, remarks_of, run_until
 from tests.models import Block, Shape, TinyPyramid, TinyViT, images, noise, seeded
-from tests.role_cases import tap_roles
+from tests.role_cases import layer_roles, tap_roles
 from tests.unusual_transformers import (
     PixelPyramid,
+    PooledQueries,
     QueriesFromTheSide,
 )
 
@@ -75,6 +76,14 @@ def test_what_only_makes_queries_for_the_blocks_ends_no_stage() -> None:
     taps = tap_roles(seeded(QueriesFromTheSide), images(2, size=(2, 32, 32)))
     ends = [name for name, role in taps if role == "stage_end"]
     assert ends == ["stages.0", "stages.1"]
+
+
+def test_an_attention_that_adds_its_pooled_queries_ends_no_stage() -> None:
+    model, inputs = seeded(PooledQueries), images(2, size=(2, 16, 16))
+    ends = [name for name, role in tap_roles(model, inputs) if role == "stage_end"]
+    assert ends == ["blocks.0", "blocks.1"]
+    roles = layer_roles(model, inputs)
+    assert roles["blocks.0.back"] == roles["blocks.1.back"] == ("attention_proj",)
 
 
 class FromEveryStage(TinyPyramid):

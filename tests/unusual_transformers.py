@@ -273,3 +273,42 @@ class QueryStage(nn.Module):
         found = F.scaled_dot_product_attention(q, k, v).mean(dim=(1, 2))[:, :, None, None]
         x = x + self.back(found.expand_as(x))
         return x + self.blocks[1](x)
+
+
+class PooledQueries(nn.Module):
+    """Two blocks whose attentions add their queries to what they give; that of the second pools
+    them by convolutions per channel, as in "MViTv2", and so the block has weights on both sides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 16, 2, stride=2)
+        self.blocks = nn.ModuleList([PooledBlock(16, 16, 1), PooledBlock(16, 32, 2)])
+        self.norm, self.logits = nn.LayerNorm(32), nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).permute(0, 2, 3, 1)
+        for block in self.blocks:
+            x = block(x)
+        return self.logits(self.norm(x).mean(dim=(1, 2)))
+
+
+class PooledBlock(nn.Module):
+    """[B, H, W, dim] -> [B, H / stride, W / stride, wide]"""
+
+    def __init__(self, dim: int, wide: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(wide)
+        self.qkv, self.back = nn.Linear(dim, 3 * wide), nn.Linear(wide, wide)
+        self.pool = nn.Conv2d(wide, wide, 3, stride=stride, padding=1, groups=wide)
+        self.short = nn.Linear(dim, wide) if dim != wide else nn.Identity()
+        self.mlp = nn.Sequential(nn.Linear(wide, 2 * wide), nn.GELU(), nn.Linear(2 * wide, wide))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).movedim(-1, 1).chunk(3, dim=1)
+        q = self.pool(q)
+        tokens = (y.flatten(2).mT[:, None] for y in (q, k, v))
+        found = q + F.scaled_dot_product_attention(*tokens)[:, 0].mT.unflatten(2, q.shape[2:])
+        short = F.max_pool2d(self.short(x).movedim(-1, 1), self.stride)
+        x = short.movedim(1, -1) + self.back(found.movedim(1, -1))
+        return x + self.mlp(self.norm2(x))

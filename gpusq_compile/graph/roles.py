@@ -155,11 +155,15 @@ class _Search:
         parts = attention_parts(graph, self.dependent)
         self.attentions, self.head_mixers = parts.products, parts.head_mixers
         self.other_gemms = set(with_stored_factor(graph, self.dependent))
-        residuals = residual_adds(graph, self.by_value)
-        nested = _nested(residuals)
-        self.trunk = [node for node in residuals if node not in nested]
+        self.trunk = residual_adds(graph, self.by_value)
+        self.joins = set(_branch_joins(graph, self.dependent))
+        self.leave_to_branches(_nested(self.trunk))
+
+    def leave_to_branches(self, adds: set[torch.fx.Node]) -> None:
+        """Take residual adds for parts of the branches of other ones: they hand on no map."""
+        self.joins |= adds
+        self.trunk = [node for node in self.trunk if node not in adds]
         self.in_trunk = set(self.trunk)
-        self.joins = {*nested, *_branch_joins(graph, self.dependent)}
 
     def run(self) -> Roles:
         found: dict[torch.fx.Node, list[str]] = {}
@@ -171,6 +175,7 @@ class _Search:
         classifiers = self.classifiers()
         gemms = [node for node in self.graph.nodes if is_gemm(node) and node in self.dependent]
         queries = {node for node in gemms if self.feeds_attention(node)}
+        self.leave_to_branches({node for node in self.trunk if self.adds_queries(node, queries)})
         embeds = [n for n in self.patch_embeddings(queries) if n not in classifiers]
         add("patch_embed", embeds)
         for node in gemms:
@@ -185,7 +190,7 @@ class _Search:
         for node in gemms:
             if node not in found and node not in classifiers and self.feeds_mlp(node, found):
                 add("mlp", [node])
-        add("stage_end", self.stage_ends(embeds, queries))
+        add("stage_end", self.stage_ends(embeds))
         add("final_projection", self.final_projections(classifiers))
         add("classifier", classifiers)
         return {node: tuple(roles) for node, roles in found.items()}
@@ -300,22 +305,14 @@ class _Search:
             for parameter in source.all_input_nodes
         )
 
-    def stage_ends(
-        self, embeds: list[torch.fx.Node], queries: set[torch.fx.Node]
-    ) -> list[torch.fx.Node]:
+    def stage_ends(self, embeds: list[torch.fx.Node]) -> list[torch.fx.Node]:
         """The residual adds behind the patch embedding that no other one continues.
 
         One continues another if it adds to that one's result, moved or normalized at most, and has
         about as many elements: a class token makes no stage, and another resolution does.
         """
         main = self.main_path()
-        adds = [
-            node
-            for node in self.trunk
-            if node in main
-            and (not embeds or node > embeds[0])
-            and not self.adds_queries(node, queries)
-        ]
+        adds = [node for node in self.trunk if node in main and (not embeds or node > embeds[0])]
         continued: set[torch.fx.Node] = set()
         for node in adds:
             skip = skipped(node)
@@ -348,10 +345,11 @@ class _Search:
         return found
 
     def adds_queries(self, add: torch.fx.Node, queries: set[torch.fx.Node]) -> bool:
-        """Whether what skips the branch are queries: an attention that adds them to its result."""
+        """Whether what skips the branch are queries, pooled or not: an attention that adds them to
+        its result, as MViTv2's does."""
         skip = skipped(add)
         assert skip is not None
-        above = walk_inputs(skip, self.hands_on) if self.hands_on(skip) else ()
+        above = walk_inputs(skip, self.within) if self.within(skip) else ()
         return not queries.isdisjoint((skip, *above))
 
     def hands_on(self, node: torch.fx.Node) -> bool:
