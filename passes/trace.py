@@ -296,9 +296,11 @@ def check_program(program: torch.export.ExportedProgram) -> None:
     written = program.graph_signature.buffers_to_mutate
     if written:
         names = ", ".join(sorted(written.values()))
+        places = [place_of(node) for node in program.graph.nodes if node.name in written]
         raise InputError(
             "buffer-written",
             f"forward() writes to its buffers: {names}",
+            location=next(filter(None, places), None),
             hint="compute them outside of forward(), or compile a submodule with --scope",
         )
     check_returned(program)

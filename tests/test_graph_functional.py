@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 from collections.abc import Callable
 
 import pytest
@@ -111,7 +112,28 @@ class Counts(nn.Module):
         return self.layer(x)
 
 
-def test_a_write_to_a_buffer_is_refused() -> None:
+class Averages(nn.Module):
+    """Writes to a buffer what it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        self.get_buffer("mean").mul_(0.9).add_(0.1 * y.mean(0))
+        return y
+
+
+@pytest.mark.parametrize(
+    ("model", "line"),
+    [(Counts, ".view(-1).zero_()"), (Averages, ".mul_(0.9)")],
+)
+def test_a_write_to_a_buffer_is_refused_at_its_line(model: type[nn.Module], line: str) -> None:
     with pytest.raises(InputError) as caught:
-        run_until(begin(Counts().eval(), noise(2, 8), make_rules()), "trace")
+        run_until(begin(model().eval(), noise(2, 8), make_rules()), "trace")
     assert caught.value.code == "buffer-written"
+    location = caught.value.location
+    assert location is not None
+    assert line in linecache.getline(location.file, location.line or 0)
