@@ -63,16 +63,20 @@ def greedy_matching(gain: torch.Tensor) -> torch.Tensor:
     Returns:
         int64 [items], the pairs one after the other.
     """
+    gain = gain.clone().fill_diagonal_(-torch.inf)
+    best = gain.argmax(dim=1)
     left = torch.arange(len(gain), device=gain.device)
+    free = torch.ones_like(left, dtype=torch.bool)
     found = []
     while len(left):
-        best = gain[left][:, left].fill_diagonal_(-torch.inf).argmax(dim=1)
-        item = torch.arange(len(left), device=gain.device)
-        mutual = (best[best] == item) & (item < best)
-        found.append(torch.stack([left[mutual], left[best[mutual]]], dim=1).flatten())
-        taken = torch.zeros_like(left, dtype=torch.bool)
-        taken[item[mutual]] = taken[best[mutual]] = True
-        left = left[~taken]
+        item = left[(best[best[left]] == left) & (left < best[left])]
+        found.append(torch.stack([item, best[item]], dim=1).flatten())
+        free[found[-1]] = False
+        gain.index_fill_(1, found[-1], -torch.inf)
+        left = left[free[left]]
+        # Only who has lost his best looks for another.
+        bereft = left[~free[best[left]]]
+        best[bereft] = gain[bereft].argmax(dim=1)
     return torch.cat(found)
 
 
