@@ -137,6 +137,10 @@ APART: dict[str, tuple[Compute, set[range]]] = {
         lambda m, x: F.linear(F.linear(x, m.weight.narrow(0, 0, 16)), m.weight.narrow(0, 16, 32)),
         {range(16), range(16, 48)},
     ),
+    "a slice without an end": (
+        lambda m, x: F.linear(F.linear(x, m.weight[:16]), torch.ops.aten.slice(m.weight, 0, 16)),
+        {range(16), range(16, 48)},
+    ),
     "one part by two layers": (again, {range(16), range(16, 48)}),
 }
 WHOLE: dict[str, Compute] = {

@@ -203,7 +203,7 @@ def pieces_of(
     if target is aten.slice.Tensor:
         axis = _positive(args[1] if len(args) > 1 else 0, count)
         bounds = [None if bound is None else _number(bound) for bound in args[2:5]]
-        start, end, step = slice(*(bounds or (None,))).indices(size[axis])
+        start, end, step = slice(*bounds, *[None] * (3 - len(bounds))).indices(size[axis])
         if step != 1 or end <= start:
             raise NotCut("it is cut by a strided slice")
         return [(axis, True, start, end - start, cut)]
