@@ -12,7 +12,6 @@ import torch
 import torch.fx
 from torch import nn
 
-from gpusq_compile.batch_range import batch_range
 from gpusq_compile.console import Console
 from gpusq_compile.engine import BatchRange, EngineReport
 from gpusq_compile.errors import Location
@@ -58,14 +57,14 @@ class PassRecord:
 class Compilation:
     """One compilation, from the user's model to the engine.
 
-    `graph` is the IR, `dense_teacher` the frozen dense model from pruning on, and
-    `sparse_teacher` the frozen sparse one from quantization on, as long as a later pass learns
-    from them. `probe` are the (args, kwargs) that every numerical check runs on, of
-    `probe_samples` samples, and `reference` the outputs before the current pass. `expected` are
-    the fake-quantized graph's outputs, which the final file must reproduce, and `onnx_places` the
-    lines that the ONNX file's nodes come from, by name. `facts` are what passes so far ensure.
-    `parameters` are the user's, with how the graph holds them. `measured` is the run by which
-    the ONNX model was checked since it was last changed.
+    `graph` is the IR, `dense_teacher` the frozen dense model from pruning on, and `sparse_teacher`
+    the frozen sparse one from quantization on, as long as a later pass learns from them. `probe`
+    are the (args, kwargs) that every numerical check runs on, of `probe_samples` samples,
+    `engine_batch` the batch sizes to build for, and `reference` the outputs before the current
+    pass. `expected` are the fake-quantized graph's outputs, which the final file must reproduce,
+    and `onnx_places` the lines that the ONNX file's nodes come from, by name. `facts` are what
+    passes so far ensure. `parameters` are the user's, with how the graph holds them. `measured` is
+    the run by which the ONNX model was checked after its last change, None where no pass needs it.
     `accuracy` is top-1, in [0, 1], and `metrics` what the user's `metrics` gave, by stage.
     `observer` looks at the models for the page, None where there will be none.
     `started` is when it began, by the monotonic clock, `running` the pass that runs and `last_good`
@@ -84,6 +83,7 @@ class Compilation:
     convention: CallConvention | None = None
     probe: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
     probe_samples: int = 1
+    engine_batch: BatchRange = field(default_factory=BatchRange)
     reference: list[torch.Tensor] = field(default_factory=list)
     facts: set[str] = field(default_factory=set)
     records: list[PassRecord] = field(default_factory=list)
@@ -117,12 +117,6 @@ class Compilation:
     def targets(self) -> tuple[str, ...]:
         """The GPUs to build for: those of the options, or else those of the rules."""
         return self.options.targets or self.rules.target.compute
-
-    @property
-    def engine_batch(self) -> BatchRange:
-        """The batch sizes to build for, of those that the model takes."""
-        assert self.convention is not None
-        return batch_range(self.ir.graph, self.convention.range_constraints)
 
     @property
     def ir(self) -> torch.fx.GraphModule:

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from gpusq_compile.batch import describe
 from gpusq_compile.batch_inputs import moved, size_of
+from gpusq_compile.batch_range import batch_range
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.data import some_batches
 from gpusq_compile.errors import InputError, Location
@@ -64,6 +65,8 @@ def run(compilation: Compilation) -> PassResult:
     check_program(program)
     check_control_flow(graph_module.graph)
     compilation.convention = convention_of(program, outputs)
+    constraints = program.range_constraints
+    compilation.engine_batch = batch_range(graph_module.graph, constraints, source.place("model"))
     compilation.graph = graph_module
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
     compilation.parameters = UserParameters(shapes, tied_names(module))
