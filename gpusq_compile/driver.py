@@ -19,7 +19,7 @@ from gpusq_compile.errors import InternalError
 from gpusq_compile.graph.state import GraphState
 from gpusq_compile.graph.text import graph_text
 from gpusq_compile.lowering.half_range import run_measured
-from gpusq_compile.lowering.runtime import at_its_line, tensor_leaves
+from gpusq_compile.lowering.runtime import at_its_line, run_once, tensor_leaves
 from gpusq_compile.lowering.text import onnx_text
 from gpusq_compile.lowering.validity import check_valid
 from gpusq_compile.numerics import is_rounding, largest_difference
@@ -182,11 +182,22 @@ def onnx_change(compilation: Compilation, step: Pass) -> float:
         check_valid(model)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise InternalError("onnx-invalid", f"pass '{step.name}' left: {error}") from error
-    # From a file, as a session keeps the bytes that it is given beside what it makes of them.
+    inputs = tensor_leaves(compilation.probe)
     path = compilation.workdir / f"{step.name}.onnx"
+    compilation.measured = None
     with at_its_line(compilation.onnx_places):
-        compilation.measured = run_measured(model, tensor_leaves(compilation.probe), path)
-    return change_to(compilation, compilation.measured.outputs)
+        if will_be_half(compilation, step):
+            compilation.measured = run_measured(model, inputs, path)
+            outputs = compilation.measured.outputs
+        else:
+            outputs = run_once(model, inputs, path)
+    return change_to(compilation, outputs)
+
+
+def will_be_half(compilation: Compilation, step: Pass) -> bool:
+    """Whether a pass after this one turns floats to half, and has to know how large they are."""
+    typed = "onnx_typed" in compilation.facts | set(step.ensures)
+    return compilation.rules.target.precision == "fp16" and not typed
 
 
 def ir_text(compilation: Compilation) -> str:

@@ -294,6 +294,14 @@ def test_one_run_takes_the_graph_as_it_is_and_many_the_same_results_of_a_folded_
     torch.testing.assert_close(once, often)
 
 
+def test_the_runtime_keeps_the_order_of_the_file(ready: Compilation) -> None:
+    """What ends in an output, as an extreme that is measured, would else wait until the last one
+    is made, and keep what it reads."""
+    session = open_session(run_until(ready, "verify_onnx").workdir / "model.onnx")
+    order = session.get_session_options().execution_order
+    assert order == onnxruntime.ExecutionOrder.PRIORITY_BASED
+
+
 def level_of(session: onnxruntime.InferenceSession) -> onnxruntime.GraphOptimizationLevel:
     return session.get_session_options().graph_optimization_level
 

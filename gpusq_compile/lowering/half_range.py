@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import onnx
 import torch
 from onnx import TensorProto, helper
 
-from gpusq_compile.lowering.runtime import open_session, run_session
+from gpusq_compile.lowering.runtime import run_once
 
 HALF_MAX = 65504.0
 MARGIN = 2.0
@@ -20,6 +21,7 @@ MASK = 1e30
 """What is beyond it stands for infinity: scores that are masked out, which half clamps."""
 MOVES = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 """What gives the values that it reads."""
+ENDS = ("ReduceMin", "ReduceMax")
 QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 
@@ -48,9 +50,8 @@ def run_measured(model: onnx.ModelProto, inputs: Sequence[torch.Tensor], path: P
         for value, given in zip(graph.input, inputs, strict=True)
         if given.is_floating_point() and (largest := _largest(given.min(), given.max())) is not None
     }
-    names = _save_measured(model, path)
-    found = run_session(open_session(path, runs=1), list(inputs))
-    path.unlink()
+    with with_extremes(graph) as names:
+        found = run_once(model, inputs, path)
     outputs, ends = found[: len(graph.output)], found[len(graph.output) :]
     for name, low, high in zip(names, ends[::2], ends[1::2], strict=True):
         largest = _largest(low, high)
@@ -62,36 +63,41 @@ def run_measured(model: onnx.ModelProto, inputs: Sequence[torch.Tensor], path: P
     return MeasuredRun(list(inputs), outputs, wide)
 
 
-def _save_measured(model: onnx.ModelProto, path: Path) -> list[str]:
-    """Save a model that gives the smallest and the largest value of its float tensors, too.
+@contextlib.contextmanager
+def with_extremes(graph: onnx.GraphProto) -> Iterator[list[str]]:
+    """Let a graph give the smallest and the largest value of its float tensors, too.
 
     Each is reduced right behind what makes it: otherwise all of them would be kept for the end.
 
-    Returns:
+    Yields:
         The names of the tensors, in the order of the further outputs, of which each has two.
     """
-    graph = model.graph
-    outputs = len(graph.output)
+    outputs, nodes = len(graph.output), list(graph.node)
     floats = {v.name for v in (*graph.value_info, *graph.output) if _is_float(v)}
-    nodes, measured, names = list(graph.node), [], []
+    measured, names = [], []
     for node in nodes:
         measured.append(node)
-        for name in node.output if node.op_type not in MOVES else ():
-            if name in floats:
-                names.append(name)
-                for kind in ("ReduceMin", "ReduceMax"):
-                    end = f"{name}.{kind}"
-                    measured.append(helper.make_node(kind, [name], [end], keepdims=0))
-                    graph.output.append(helper.make_tensor_value_info(end, TensorProto.FLOAT, []))
+        if node.op_type not in MOVES:
+            found = [name for name in node.output if name in floats]
+            measured += [
+                helper.make_node(kind, [name], [f"{name}.{kind}"], keepdims=0)
+                for name in found
+                for kind in ENDS
+            ]
+            names += found
     try:
         del graph.node[:]
         graph.node.extend(measured)
-        onnx.save(model, path)
+        graph.output.extend(
+            helper.make_tensor_value_info(f"{name}.{kind}", TensorProto.FLOAT, [])
+            for name in names
+            for kind in ENDS
+        )
+        yield names
     finally:
         del graph.node[:]
         graph.node.extend(nodes)
         del graph.output[outputs:]
-    return names
 
 
 def _is_float(value: onnx.ValueInfoProto) -> bool:

@@ -7,11 +7,12 @@ import gc
 import inspect
 import re
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnxruntime
 import onnxruntime.capi.onnxruntime_pybind11_state as ort_state
 import torch
@@ -166,7 +167,7 @@ def open_session(model: Path | bytes, *, runs: int | None = None) -> onnxruntime
 
 
 def run_session(
-    session: onnxruntime.InferenceSession, inputs: list[torch.Tensor]
+    session: onnxruntime.InferenceSession, inputs: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
     """The runtime's flat outputs for one batch.
 
@@ -178,6 +179,24 @@ def run_session(
     with runtime_failures():
         found = session.run(None, feeds)
     return [torch.as_tensor(value) for value in found]
+
+
+def run_once(
+    model: onnx.ModelProto, inputs: Sequence[torch.Tensor], path: Path
+) -> list[torch.Tensor]:
+    """The runtime's flat outputs of a model for one batch.
+
+    It is kept in `path` meanwhile: a session keeps the bytes that it is given beside what it makes
+    of them.
+
+    Raises:
+        CheckFailed: ONNX Runtime cannot take the model, or run one of its operators.
+    """
+    try:
+        onnx.save(model, path)
+        return run_session(open_session(path, runs=1), inputs)
+    finally:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
