@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -170,7 +173,33 @@ def test_resizes_are_half_precision_too() -> None:
     torch.testing.assert_close(run_session(half, [images])[0], expected, rtol=1e-2, atol=1e-2)
 
 
-def test_the_exporters_table_is_made_once_and_nothing_is_added_to_it() -> None:
+def test_the_exporters_table_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    translations()
+    made = []
+    own = ONNXRegistry.from_torchlib
+
+    def counted(*args: Any, **asked: Any) -> ONNXRegistry:
+        made.append(asked)
+        return own(*args, **asked)
+
+    monkeypatch.setattr(ONNXRegistry, "from_torchlib", counted)
+    to_onnx(program_of(Calls(torch.relu)))
+    assert made == []
+
+
+def test_a_library_with_operators_of_its_own_may_come_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    importlib.import_module("torchvision")
+    with_library = translations()
+    assert with_library.is_registered(torch.ops.torchvision.nms.default)
+    monkeypatch.delitem(sys.modules, "torchvision")
+    assert translations() is not with_library
+    monkeypatch.undo()
+    assert translations() is with_library
+
+
+def test_nothing_is_added_to_the_exporters_table() -> None:
     own = vars(ONNXRegistry)["from_torchlib"]
     before = {target: list(found) for target, found in translations().functions.items()}
     with made_once():

@@ -16,6 +16,7 @@ import torch.fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 from torch.onnx._internal.exporter import _decomp
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.utils._pytree import tree_map_only
 
 from gpusq_compile.graph.edit import copy_provenance, fake_mode_of
@@ -29,9 +30,9 @@ OWN: dict[object, Callable[..., Any]] = {torch.ops.aten.rms_norm.default: rms_no
 
 
 @cache
-def _decompositions() -> dict[Any, Callable[..., Any]]:
-    """The exporter's table of decompositions."""
-    known = set(_decomp.get_onnx_implemented_overloads(translations()))
+def _decompositions(table: ONNXRegistry) -> dict[Any, Callable[..., Any]]:
+    """The exporter's table of decompositions into what a table of translations has."""
+    known = set(_decomp.get_onnx_implemented_overloads(table))
     return _decomp.create_onnx_friendly_decomposition_table(known)
 
 
@@ -84,9 +85,8 @@ def decomposition(node: torch.fx.Node) -> torch.fx.Graph | None:
         with fake_mode_of(node.graph):
             # ONNX knows no strides: to keep them would take operators of their own.
             values = [tree_map_only(torch.Tensor, _contiguous, s.meta["val"]) for s in sources]
-            traced = make_fx(
-                call, decomposition_table=_decompositions(), _allow_non_fake_inputs=True
-            )(*values)
+            known = _decompositions(translations())
+            traced = make_fx(call, decomposition_table=known, _allow_non_fake_inputs=True)(*values)
     except Exception:
         return None  # Whatever it is, the exporter meets it too, and says so with the node's name.
     graph: torch.fx.Graph = traced.graph

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -17,9 +18,15 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 OPSET = 21
 
 
-@cache
 def translations() -> ONNXRegistry:
     """The exporter's own translations for our opset; nobody may add to them."""
+    return _translations("torchvision" in sys.modules)
+
+
+@cache
+def _translations(_: bool) -> ONNXRegistry:
+    """One table with torchvision's operators and one without: those that are not there when it is
+    made are left out."""
     return ONNXRegistry.from_torchlib(OPSET)
 
 
