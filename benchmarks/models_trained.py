@@ -41,6 +41,7 @@ PHOTOS = 4
 """One batch. A batch of one image would have no statistics for a model that normalizes by them."""
 
 ONE_BATCH = """\
+import functools
 import sys
 
 sys.path.insert(0, {folder!r})
@@ -49,10 +50,14 @@ import {module} as example
 from {module} import *
 
 
+@functools.cache
 def train_data():
     return [next(iter(example.train_data()))]
 """
-"""A model file that is another one but for its training data: only the first batch of it."""
+"""A model file that is another one but for its training data: only the first batch of it.
+
+It is kept, as that of data in a random order would be another one in each epoch.
+"""
 
 
 def train_row(row: Row, rules: str, steps: int, timeout: float) -> dict[str, Any]:
@@ -126,6 +131,9 @@ def faults(row: dict[str, Any], steps: int) -> list[str]:
             found.append(f"{phase}: {trained['steps']} of {steps} steps")
         if not all(math.isfinite(value) for point in trained["loss"] for value in point.values()):
             found.append(f"{phase}: a loss is not finite")
+        own = [point["hard"] for point in trained["loss"]]
+        if not own[-1] < own[0]:
+            found.append(f"{phase}: the task's loss does not fall")
     if row["masks_ok"] != row["masked"]:
         found.append(f"{row['masked'] - row['masks_ok']} masks are broken")
     if not row["verified"]:
@@ -201,7 +209,7 @@ def main() -> None:
     for row in rows:
         for rules in arguments.rules:
             name = f"{row.name} / {rules}"
-            key = fingerprint(row, {"rules": rules, "steps": arguments.steps})
+            key = fingerprint(row, {"rules": rules, "steps": arguments.steps, "data": ONE_BATCH})
             if results["rows"].get(name, {}).get("fingerprint") == key:
                 print(f"{name}: is there", file=sys.stderr)
                 continue

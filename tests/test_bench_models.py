@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 TINY = "tests/data/models/tiny.py"
@@ -96,6 +98,67 @@ def test_a_process_that_takes_too_long_is_killed(models: ModuleType) -> None:
     ended = models.run_process([sys.executable, "-c", "import time; time.sleep(60)"], {}, timeout=1)
     assert ended.code < 0
     assert 1 <= ended.seconds < 30
+
+
+def test_results_are_written_whole_or_not_at_all(models: ModuleType, tmp_path: Path) -> None:
+    models.write_results(tmp_path, "table", {"rows": {"one": 1}}, "| one |")
+    assert models.read_rows(tmp_path / "table.json") == {"rows": {"one": 1}}
+    with pytest.raises(UnicodeEncodeError):
+        models.write_results(tmp_path, "table", {"rows": {}}, "| two | \ud800")
+    assert (tmp_path / "table.md").read_text() == "| one |"
+
+
+RANDOM_ORDER = """
+import torch
+
+def model():
+    return torch.nn.Linear(4, 4)
+
+def train_data():
+    return torch.utils.data.DataLoader(torch.arange(1000), batch_size=8, shuffle=True)
+"""
+
+
+def test_a_row_trains_on_one_batch_in_all_its_epochs(
+    models: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    trained = __import__("models_trained")
+    (tmp_path / "in_random_order.py").write_text(RANDOM_ORDER)
+    (tmp_path / "saved").mkdir()
+    path = trained.save_with_one_batch(tmp_path / "in_random_order.py", tmp_path / "saved")
+    wrapper = load_source(path)
+    batches = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        batches += list(wrapper.train_data())
+    assert len(batches) == 2
+    assert torch.equal(*batches)
+    assert wrapper.model().weight.shape == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("last", "found"), [(1.0, []), (3.0, ["sparse: the task's loss does not fall"])]
+)
+def test_a_row_whose_loss_does_not_fall_is_at_fault(
+    models: ModuleType, last: float, found: list[str]
+) -> None:
+    trained = __import__("models_trained")
+    phases = {
+        "sparse": {"steps": 2, "loss": [{"hard": 2.0}, {"hard": last}]},
+        "quantize": {"steps": 2, "loss": [{"hard": 2.0}, {"hard": 1.0}]},
+    }
+    row = {"error": None, "phases": phases, "masked": 1, "masks_ok": 1, "verified": True}
+    assert trained.faults(row, 2) == found
+
+
+def load_source(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_an_unknown_row_is_named(models: ModuleType) -> None:
