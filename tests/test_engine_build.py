@@ -308,7 +308,6 @@ def test_a_write_that_stops_midway_leaves_no_file(tmp_path: Path) -> None:
 
 INTERRUPTED = """
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from gpusq_compile.engine import build_engines
 build_engines(
