@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
@@ -109,6 +110,45 @@ def test_a_mask_inserted_at_the_layer_reached_is_applied(vit: torch.fx.GraphModu
     vit.recompile()
     for (args, _), result in zip(CALLS, found, strict=True):
         assert torch.equal(result, vit(*args))
+
+
+def test_a_masked_weight_is_computed_where_it_is_read(vit: torch.fx.GraphModule) -> None:
+    """Held by each batch meanwhile, it would take as many weights as there are batches."""
+    for index, node in enumerate(linears(vit)):
+        weight = node.args[1]
+        assert isinstance(weight, torch.fx.Node)
+        mask = Mask(noise(*vit.get_parameter(str(weight.target)).shape) > 0)
+        masked = insert_module_call(vit, f"masks.m{index}", mask, weight, before=node)
+        node.replace_input_with(weight, masked)
+    finish(vit)
+    walk = Walk(vit, CALLS)
+    for node in linears(vit):
+        walk.run_to(node)
+        masked = node.args[1]
+        assert isinstance(masked, torch.fx.Node)
+        assert masked.name not in held(walk)
+        for value in walk.values_of(masked):
+            assert torch.equal(value, vit.get_submodule(str(masked.target))(weight_of(vit, masked)))
+    for (args, _), result in zip(CALLS, finished(walk, vit), strict=True):
+        assert torch.equal(result, vit(*args))
+
+
+def weight_of(graph_module: torch.fx.GraphModule, masked: torch.fx.Node) -> Tensor:
+    [source] = masked.all_input_nodes
+    return graph_module.get_parameter(str(source.target))
+
+
+def test_inputs_are_let_go_when_they_are_read(vit: torch.fx.GraphModule) -> None:
+    batch = images(3)
+    known = weakref.ref(batch)
+    walk = Walk(vit, [((batch,), {})])
+    del batch
+    first, second, *_, last = linears(vit)
+    walk.run_to(second)
+    assert known() is None
+    walk.run_to(last)
+    with pytest.raises(KeyError, match="is not held any more"):
+        walk.values_of(first)
 
 
 def test_it_goes_on_from_replaced_values(vit: torch.fx.GraphModule) -> None:

@@ -7,7 +7,9 @@ layers before as those were left, and each value is dropped after its last use.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -97,31 +99,59 @@ class _Run(torch.fx.Interpreter):
     """The values of one batch.
 
     What `get_attr` nodes read is looked up at each use: they stand at the top of the graph, and by
-    the time that a layer is reached its weight may be another.
+    the time that a layer is reached its weight may be another. What is computed of them alone for
+    one reader, as a masked weight, is computed there, too: each batch would hold its own meanwhile.
     """
 
     def __init__(self, graph_module: torch.fx.GraphModule, call: Call) -> None:
         super().__init__(graph_module, garbage_collect_values=False)
-        self.args_iter = iter(flat_inputs(graph_module, call))
+        self.args_iter = _handed_over(deque(flat_inputs(graph_module, call)))
+        self.at_use: set[torch.fx.Node] = set()
 
     def value_of(self, node: torch.fx.Node) -> Any:
-        if node.op == "get_attr" and node not in self.env:
-            return self.run_node(node)
-        return self.env[node]
+        with self._read([node]):
+            return self.env[node]
 
     def step(self, node: torch.fx.Node) -> None:
-        if node.op == "get_attr":
-            return
-        constants = [n for n in node.all_input_nodes if n.op == "get_attr" and n not in self.env]
-        for source in constants:
-            self.env[source] = self.run_node(source)
-        if node not in self.env:
-            self.env[node] = self.run_node(node)
-        for source in constants:
-            del self.env[source]
-        for source in {node, *node.all_input_nodes}.difference(constants):
-            if all(user <= node for user in source.users):
-                del self.env[source]
+        if node in self.env:
+            self._drop_used({node, *node.all_input_nodes}, node)
+        elif len(node.users) == 1 and self._reads_constants(node):
+            self.at_use.add(node)
+        elif node.op != "get_attr":
+            with self._read(node.all_input_nodes) as read:
+                self.env[node] = self.run_node(node)
+            self._drop_used({node, *node.all_input_nodes} - read, node)
+
+    def _reads_constants(self, node: torch.fx.Node) -> bool:
+        return bool(node.all_input_nodes) and all(map(self._is_at_hand, node.all_input_nodes))
+
+    def _is_at_hand(self, node: torch.fx.Node) -> bool:
+        return node.op == "get_attr" or node in self.at_use
+
+    @contextlib.contextmanager
+    def _read(self, nodes: Sequence[torch.fx.Node]) -> Iterator[set[torch.fx.Node]]:
+        """Have the values of constants at hand; yields those that are not held otherwise."""
+        read = [node for node in nodes if node not in self.env]
+        for node in read:
+            if not self._is_at_hand(node):
+                raise KeyError(f"the value of {node} is not held any more")
+            with self._read(node.all_input_nodes):
+                self.env[node] = self.run_node(node)
+        yield set(read)
+        for node in read:
+            del self.env[node]
+
+    def _drop_used(self, nodes: Iterable[torch.fx.Node], last: torch.fx.Node) -> None:
+        """Drop the values of those that nothing behind `last` reads."""
+        for node in nodes:
+            if all(user <= last for user in node.users):
+                self.env.pop(node, None)
+
+
+def _handed_over(values: deque[Any]) -> Iterator[Any]:
+    """Each value is let go as it is read."""
+    while values:
+        yield values.popleft()
 
 
 def flat_inputs(graph_module: torch.fx.GraphModule, call: Call) -> list[Any]:
