@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -149,9 +149,15 @@ def mean_squares(rows: Iterable[torch.Tensor]) -> torch.Tensor:
     """The diagonal of `second_moments`, without the rest: float64 [columns]."""
     total, count = torch.zeros(()), 0
     for part in rows:
-        total = total.to(part.device) + part.double().square().sum(dim=0)
+        total = total.to(part.device) + sum_of_squares(part)
         count += part.shape[0]
     return total / max(count, 1)
+
+
+def sum_of_squares(rows: torch.Tensor) -> torch.Tensor:
+    """float64 [columns] of `rows` [rows, columns], of which some at a time are made as wide."""
+    parts = torch.split(rows, ROWS_AT_ONCE)
+    return torch.stack([part.double().square_().sum(dim=0) for part in parts]).sum(dim=0)
 
 
 def output_error(matrix: torch.Tensor, changed: torch.Tensor, moments: torch.Tensor) -> float:
@@ -199,6 +205,70 @@ def looks_at_inputs(what: str) -> str:
     return f"{what} looks at the inputs of the layers"
 
 
+def calibration_calls(
+    compilation: Compilation, what: str, most: int | None = None
+) -> tuple[list[Call], list[Remark]]:
+    """The calls of the calibration data whose inputs of the layers are looked at.
+
+    Args:
+        what: what looks at them, for messages: `sparsity method obs`.
+        most: parameters of the graph times samples from which on no further batch is read.
+
+    Raises:
+        InputError: there is no data.
+    """
+    name, factory = require_calibration_data(compilation.source, looks_at_inputs(what))
+    parameters = sum(parameter.numel() for parameter in compilation.ir.parameters())
+    calls: list[Call] = []
+    samples = 0
+    each = bytes_of_a_sample(compilation)
+    room = max(LEAST_SAMPLES, int(MOST_BYTES / each)) if each else sys.maxsize
+    cuttable = compilation.source.dynamic_shapes is None
+    left_out = False
+    for batch in batches(factory, name, compilation.device, compilation.rules.calibration.batches):
+        left = room - samples
+        if batch.size > left:
+            cut = cuttable and left >= LEAST_SAMPLES
+            left_out = cut or bool(calls)
+            if cut:
+                batch = batch.part(0, left)
+            elif calls:
+                break
+        calls.append(compilation.network.scoped_inputs(batch.inputs))
+        samples += batch.size
+        if left_out or (most is not None and parameters * samples >= most):
+            break
+    if not left_out:
+        return calls, []
+    text = (
+        f"{what} looked at {samples} samples of {name}() alone: the values of more would take over "
+        f"{MOST_BYTES >> 20} MiB at one layer"
+    )
+    return calls, [missed("fewer-samples", text)]
+
+
+def input_mean_squares(
+    graph_module: torch.fx.GraphModule, calls: Sequence[Call], layers: Mapping[torch.fx.Node, str]
+) -> dict[torch.fx.Node, torch.Tensor]:
+    """The mean squares [columns] of the inputs of `layers`, in graph order, with their names.
+
+    One batch after the other: as no layer changes in between, only one's values are held.
+
+    Raises:
+        InputError: an input is not finite.
+    """
+    sums: dict[torch.fx.Node, torch.Tensor] = {}
+    counts = dict.fromkeys(layers, 0)
+    for call in calls:
+        walk = Walk(graph_module, [call])
+        for node in layers:
+            for rows in input_rows(node, walk.inputs_of(node)[0]):
+                squares = sum_of_squares(rows)
+                sums[node] = sums[node] + squares if node in sums else squares
+                counts[node] += len(rows)
+    return {node: _finite(sums[node] / counts[node], name) for node, name in layers.items()}
+
+
 class LayerInputs:
     """The inputs of a graph's layers over the calibration data, asked for in graph order.
 
@@ -206,46 +276,9 @@ class LayerInputs:
     inputs as the changed layer leaves them.
     """
 
-    def __init__(self, compilation: Compilation, what: str, most: int | None = None) -> None:
-        """Read the calibration data.
-
-        Args:
-            what: what looks at the inputs, for messages: `sparsity method obs`.
-            most: parameters of the graph times samples from which on no further batch is read.
-
-        Raises:
-            InputError: there is no data.
-        """
-        name, factory = require_calibration_data(compilation.source, looks_at_inputs(what))
-        parameters = sum(parameter.numel() for parameter in compilation.ir.parameters())
-        calls: list[Call] = []
-        samples = 0
-        self.remarks: list[Remark] = []
-        each = bytes_of_a_sample(compilation)
-        room = max(LEAST_SAMPLES, int(MOST_BYTES / each)) if each else sys.maxsize
-        cuttable = compilation.source.dynamic_shapes is None
-        left_out = False
-        for batch in batches(
-            factory, name, compilation.device, compilation.rules.calibration.batches
-        ):
-            left = room - samples
-            if batch.size > left:
-                cut = cuttable and left >= LEAST_SAMPLES
-                left_out = cut or bool(calls)
-                if cut:
-                    batch = batch.part(0, left)
-                elif calls:
-                    break
-            calls.append(compilation.network.scoped_inputs(batch.inputs))
-            samples += batch.size
-            if left_out or (most is not None and parameters * samples >= most):
-                break
-        if left_out:
-            text = (
-                f"{what} looked at {samples} samples of {name}() alone: the values of more would "
-                f"take over {MOST_BYTES >> 20} MiB at one layer"
-            )
-            self.remarks.append(missed("fewer-samples", text))
+    def __init__(self, compilation: Compilation, what: str) -> None:
+        """Read the calibration data; see `calibration_calls`."""
+        calls, self.remarks = calibration_calls(compilation, what)
         self.walk = Walk(compilation.ir, calls)
         self._shared: tuple[object, torch.Tensor] | None = None
 
@@ -256,15 +289,18 @@ class LayerInputs:
             InputError: the input is not finite.
         """
         values = self.walk.inputs_of(node)
-        if self._shared is not None and self._shared[0] is node.args[0] and op_of(node) == "linear":
+        source, linear = node.args[0], op_of(node) == "linear"
+        if self._shared is not None and self._shared[0] is source and linear:
             return self._shared[1]
-        linear = op_of(node) == "linear"
+        self._shared = None
         total = sum(value[..., 0].numel() for value in values) if linear else 0
         step = max(1, math.ceil(total / MOST_ROWS))
         moments = second_moments(
             thinned(rows, step) for value in values for rows in input_rows(node, value)
         )
-        self._shared = (node.args[0], moments) if linear else None
+        assert isinstance(source, torch.fx.Node)
+        if linear and any(op_of(user) == "linear" and user > node for user in source.users):
+            self._shared = (source, moments)
         return _finite(moments, layer)
 
     def mean_squares(self, node: torch.fx.Node, layer: str) -> torch.Tensor:
