@@ -63,7 +63,9 @@ def run(compilation: Compilation) -> PassResult:
             name_attention(tensors.get(softmax_scale(node)), attention.name, own)
     if compilation.source.dynamic_shapes is None:
         name_batch(graph)
-    graph.cleanup(remove_unused_graph_inputs=False).toposort()
+    # No order but the exporter's, in which a weight is dequantized where it is read: by levels, all
+    # of them would be first, and a runtime that keeps to the order would hold them all.
+    graph.cleanup(remove_unused_graph_inputs=False)
     compilation.onnx_model = gs.export_onnx(graph, do_type_check=False)
     return result
 

@@ -162,3 +162,20 @@ def test_a_gemm_keeps_its_weight_as_n_by_k(tmp_path: Path) -> None:
     [axis] = [a.i for a in nodes["layer/weight_dq"].attribute if a.name == "axis"]
     assert axis == 0
     assert compilation.verify["structure"] == {"layers": 1, "attentions": 0, "faults": []}
+
+
+@pytest.mark.parametrize("rules", ["int8", "int4"])
+def test_a_weight_is_dequantized_right_before_it_is_read(rules: str, tmp_path: Path) -> None:
+    """A runtime that keeps to the order of the file would hold what is dequantized before."""
+    model = seeded(TinyViT, Shape(depth=2))
+    compilation = begin(model, images(4), {"version": 1, "extends": rules}, data=labelled(2))
+    graph = model_of(run_until(compilation, "store_int4")).graph
+    stored = {tensor.name for tensor in graph.initializer}
+    read = {name: at for at, node in reversed([*enumerate(graph.node)]) for name in node.input}
+    weights = [
+        (at, node.output[0])
+        for at, node in enumerate(graph.node)
+        if node.op_type == "DequantizeLinear" and node.input[0] in stored
+    ]
+    assert len(weights) >= len(LAYERS)
+    assert all(read[output] == at + 1 for at, output in weights)
