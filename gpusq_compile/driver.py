@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import math
 import time
 from collections.abc import Sequence
@@ -178,6 +179,9 @@ def onnx_change(compilation: Compilation, step: Pass) -> float:
     """
     model = compilation.onnx_model
     assert model is not None
+    # The graphs that a model is edited in are full of cycles, and hold the model as it was.
+    gc.collect()
+    give_back()
     try:
         check_valid(model)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:

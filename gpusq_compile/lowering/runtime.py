@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import inspect
 import re
 import statistics
@@ -154,9 +153,7 @@ def open_session(model: Path | bytes, *, runs: int | None = None) -> onnxruntime
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     # Of its errors only the fatal ones: the others are raised, and say the same.
     options.log_severity_level = 4
-    # What the session takes should not come on top of what those before it took. The graphs that
-    # a model is edited in are full of cycles, and hold the model as it was.
-    gc.collect()
+    # What the session takes should not come on top of what writing the file, or one before, took.
     give_back()
     with runtime_failures():
         return onnxruntime.InferenceSession(
