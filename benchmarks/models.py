@@ -8,8 +8,9 @@ the shipped rules: timm's models with generated images, the examples with theirs
 is what the compiler does to a model, and what it takes; accuracy is another benchmark's.
 
 - `seconds` is the whole process with imports, `compile` that without building the engine.
-- `peak` is the high-water mark of the compiling process, in MB and over the FP32 weights; the
-  engine's builder is a process of its own.
+- `peak` is the high-water mark of the compiling process, in MB and over the FP32 weights of the
+  whole model; the engine's builder is a process of its own. `own forward` is that of a process
+  that runs the model once (own_forward.py).
 - `GEMMs` are the operators with weights: how many are compressed, for how many of these there are
   sparse kernels, what was refused, and what no rule asked for.
 
@@ -46,7 +47,7 @@ BEGIN = "<!-- written by benchmarks/models.py -->"
 END = "<!-- end of what benchmarks/models.py wrote -->"
 EXIT_CODES = {1: "check failed", 2: "bad input", 3: "internal error"}
 EXAMPLES_OF_A_REASON = 3
-SCHEMA = 2
+SCHEMA = 3
 
 
 def compile_row(row: Row, rules: str, engine: str, timeout: float) -> dict[str, Any]:
@@ -56,6 +57,8 @@ def compile_row(row: Row, rules: str, engine: str, timeout: float) -> dict[str, 
         load = os.getloadavg()[0]
         output, ended = run_row(row, rules, Path(name), options, timeout, verify=row.verify)
         found = result_of(ended, output)
+        if "gemms" in found:
+            found |= of_memory(ended, run_forward(row, Path(name), timeout))
     return {
         "name": row.name,
         "family": row.family,
@@ -82,10 +85,6 @@ def run_row(
 
     `changes` are sections of the rules that differ from those of the file named `rules`.
     """
-    spec = row.spec
-    if row.config is not None:
-        (folder / "config.json").write_text(json.dumps(dict(row.config)))
-        spec = f"hf:{folder / 'config.json'}"
     applied = str(Path(rules).resolve()) if Path(rules).is_file() else rules
     changed = {name: dict(section) for name, section in changes.items() if section}
     if changed:
@@ -94,14 +93,33 @@ def run_row(
         path.write_text(json.dumps({"version": 1, "extends": applied, **changed}))
         applied = str(path)
     output = folder / "out"
-    command = [sys.executable, "-m", "gpusq_compile", spec, "--rules", applied, *row.arguments]
-    command += [*options, "--quiet", "-o", str(output)]
+    command = [sys.executable, "-m", "gpusq_compile", spec_of(row, folder), "--rules", applied]
+    command += [*row.arguments, *options, "--quiet", "-o", str(output)]
+    return output, run_at_root(command, row, timeout)
+
+
+def run_forward(row: Row, folder: Path, timeout: float) -> Ended:
+    """Run the model of a row once, in a process of its own; see own_forward.py."""
+    command = [sys.executable, str(HERE / "own_forward.py"), spec_of(row, folder)]
+    return run_at_root(command, row, timeout)
+
+
+def spec_of(row: Row, folder: Path) -> str:
+    """What `gpusq-compile` is given as the model of a row; a configuration is put in `folder`."""
+    if row.config is None:
+        return row.spec
+    path = folder / "config.json"
+    path.write_text(json.dumps(dict(row.config)))
+    return f"hf:{path}"
+
+
+def run_at_root(command: list[str], row: Row, timeout: float) -> Ended:
     environment = os.environ | {"PYTHONPATH": str(ROOT), **row.environment}
     # A path in a spec is relative to the repository.
     here = os.getcwd()
     os.chdir(ROOT)
     try:
-        return output, run_process(command, environment, timeout=timeout)
+        return run_process(command, environment, timeout=timeout)
     finally:
         os.chdir(here)
 
@@ -144,8 +162,6 @@ def of_report(report: dict[str, Any], process: dict[str, Any]) -> dict[str, Any]
         "phases": phases,
         "parameters": dense // 4,
         "dense_fp32_bytes": dense,
-        "peak_ratio": process["peak_bytes"] / dense if dense else None,
-        "peak_aim_bytes": 4 * dense + 1_000_000_000,
         "gemms": gemms(report),
         "taps": dict(Counter(taps(report))),
         "numerics": report["verify"].get("numerics"),
@@ -159,6 +175,19 @@ def of_report(report: dict[str, Any], process: dict[str, Any]) -> dict[str, Any]
                 if remark["kind"] == "missed"
             )
         ),
+    }
+
+
+def of_memory(compiled: Ended, forward: Ended) -> dict[str, Any]:
+    """What a compile took beside what the whole model takes by itself."""
+    if forward.code != 0:
+        sys.exit(f"the model's own forward: {said_last(forward)}")
+    weights = 4 * int(forward.stdout.splitlines()[-1])
+    return {
+        "weights_fp32_bytes": weights,
+        "peak_ratio": compiled.own_peak_bytes / weights,
+        "peak_aim_bytes": 4 * weights + 1_000_000_000,
+        "own_forward_peak_bytes": forward.own_peak_bytes,
     }
 
 

@@ -83,7 +83,7 @@ def costs(rows: list[dict[str, Any]]) -> str:
     """Seconds per phase and in all, and memory, both beside what they should be."""
     head = (
         "model", "rules", *PHASES, "start and report", "all", "without engine", "aim",
-        "peak MB", "x FP32", "aim MB", "cores",
+        "peak MB", "x FP32", "aim MB", "own forward MB", "cores",
     )  # fmt: skip
     body = []
     for row in rows:
@@ -99,6 +99,7 @@ def costs(rows: list[dict[str, Any]]) -> str:
                 f"{row['peak_bytes'] / MB:.0f}",
                 shown(row["peak_ratio"], ".1f"),
                 f"{row['peak_aim_bytes'] / MB:.0f}",
+                f"{row['own_forward_peak_bytes'] / MB:.0f}",
                 f"{row['machine']['cores']} x {row['machine']['cpu']}",
             ]
         )
