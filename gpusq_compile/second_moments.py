@@ -8,8 +8,9 @@ D of the matrix, summed over outputs and rows, is the trace of `D @ moments @ D.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -33,9 +34,9 @@ alone, and kept in float32."""
 ROWS_AT_ONCE = 2048
 """Rows that are multiplied together where they are wide."""
 
-MOST_BYTES = 1 << 30
-"""What the values of all samples may take that are held at one layer: of more samples, or of larger
-ones, fewer are looked at. Each large image has many rows."""
+MOST_BYTES = 1 << 28
+"""What the values of all samples may take that are held at one layer: where they would take more,
+the later samples wait for a layer where they do not. Each large image has many rows."""
 
 LEAST_SAMPLES = 2
 """As many as a graph with a dynamic batch is traced with."""
@@ -194,21 +195,38 @@ def _energy(matrix: torch.Tensor, moments: torch.Tensor) -> float:
     return max(total, 0.0)
 
 
-def bytes_of_a_sample(compilation: Compilation) -> float:
-    """What one sample's values take where most are held: at one of the layers to be compressed."""
+def samples_with_room(compilation: Compilation) -> dict[torch.fx.Node, int]:
+    """Of how many samples the values may be held at a layer and at all behind it, at least
+    `LEAST_SAMPLES`; of the layers to be compressed, in graph order."""
     graph = compilation.ir.graph
-    places = [node for node, _ in planned(graph)]
-    return live_bytes(graph, places) / compilation.probe_samples
+    held = live_bytes(graph)
+    found = {}
+    most = 0
+    for node, _ in reversed(list(planned(graph))):
+        most = max(most, held[node])
+        found[node] = max(LEAST_SAMPLES, MOST_BYTES * compilation.probe_samples // max(most, 1))
+    return dict(reversed(found.items()))
 
 
 def looks_at_inputs(what: str) -> str:
     return f"{what} looks at the inputs of the layers"
 
 
-def calibration_calls(
-    compilation: Compilation, what: str, most: int | None = None
-) -> tuple[list[Call], list[Remark]]:
-    """The calls of the calibration data whose inputs of the layers are looked at.
+@dataclass(frozen=True)
+class Part:
+    """The call of the compiled module for `samples` samples of calibration data."""
+
+    call: Call
+    samples: int
+
+
+def calibration_parts(
+    compilation: Compilation, what: str, samples: int, most: int | None = None
+) -> list[Part]:
+    """The calibration data whose inputs of the layers are looked at, about `samples` at a time.
+
+    A graph with a dynamic batch takes any number from `LEAST_SAMPLES` on; for another one the
+    batches stay whole.
 
     Args:
         what: what looks at them, for messages: `sparsity method obs`.
@@ -219,32 +237,24 @@ def calibration_calls(
     """
     name, factory = require_calibration_data(compilation.source, looks_at_inputs(what))
     parameters = sum(parameter.numel() for parameter in compilation.ir.parameters())
-    calls: list[Call] = []
-    samples = 0
-    each = bytes_of_a_sample(compilation)
-    room = max(LEAST_SAMPLES, int(MOST_BYTES / each)) if each else sys.maxsize
-    cuttable = compilation.source.dynamic_shapes is None
-    left_out = False
+    found: list[Part] = []
     for batch in batches(factory, name, compilation.device, compilation.rules.calibration.batches):
-        left = room - samples
-        if batch.size > left:
-            cut = cuttable and left >= LEAST_SAMPLES
-            left_out = cut or bool(calls)
-            if cut:
-                batch = batch.part(0, left)
-            elif calls:
-                break
-        calls.append(compilation.network.scoped_inputs(batch.inputs))
-        samples += batch.size
-        if left_out or (most is not None and parameters * samples >= most):
+        pieces = [batch]
+        if compilation.source.dynamic_shapes is None:
+            ends = even_ends(batch.size, samples)
+            pieces = [batch.part(start, end) for start, end in pairwise(ends)]
+        for piece in pieces:
+            found.append(Part(compilation.network.scoped_inputs(piece.inputs), piece.size))
+        if most is not None and parameters * sum(part.samples for part in found) >= most:
             break
-    if not left_out:
-        return calls, []
-    text = (
-        f"{what} looked at {samples} samples of {name}() alone: the values of more would take over "
-        f"{MOST_BYTES >> 20} MiB at one layer"
-    )
-    return calls, [missed("fewer-samples", text)]
+    return found
+
+
+def even_ends(size: int, most: int) -> list[int]:
+    """Where to cut `size` samples into parts of at most `most` or, to have `LEAST_SAMPLES` in each,
+    a few more: [0, ..., size]."""
+    count = max(1, min(math.ceil(size / most), size // LEAST_SAMPLES))
+    return [size * index // count for index in range(count + 1)]
 
 
 def input_mean_squares(
@@ -277,9 +287,13 @@ class LayerInputs:
     """
 
     def __init__(self, compilation: Compilation, what: str) -> None:
-        """Read the calibration data; see `calibration_calls`."""
-        calls, self.remarks = calibration_calls(compilation, what)
-        self.walk = Walk(compilation.ir, calls)
+        """Read the calibration data; see `calibration_parts`."""
+        self.what = what
+        self.room = samples_with_room(compilation)
+        parts = calibration_parts(compilation, what, min(self.room.values()))
+        self.samples = list(accumulate(part.samples for part in parts))
+        self.walk = Walk(compilation.ir, [part.call for part in parts], started=0)
+        self.fewer: dict[str, int] = {}
         self._shared: tuple[object, torch.Tensor] | None = None
 
     def moments(self, node: torch.fx.Node, layer: str) -> torch.Tensor:
@@ -288,12 +302,12 @@ class LayerInputs:
         Raises:
             InputError: the input is not finite.
         """
-        values = self.walk.inputs_of(node)
+        values = self._values(node, layer)
         source, linear = node.args[0], op_of(node) == "linear"
         if self._shared is not None and self._shared[0] is source and linear:
             return self._shared[1]
         self._shared = None
-        total = sum(value[..., 0].numel() for value in values) if linear else 0
+        total = _row_count(node, values) if linear else 0
         step = max(1, math.ceil(total / MOST_ROWS))
         moments = second_moments(
             thinned(rows, step) for value in values for rows in input_rows(node, value)
@@ -309,15 +323,45 @@ class LayerInputs:
         Raises:
             InputError: the input is not finite.
         """
-        values = self.walk.inputs_of(node)
+        values = self._values(node, layer)
         squares = mean_squares(rows for value in values for rows in input_rows(node, value))
         return _finite(squares, layer)
 
     def settle(self, node: torch.fx.Node, weight: torch.Tensor) -> None:
-        """Go on with `weight` as what the layer reads."""
+        """Go on with `weight` as what the layer reads; a module computes the same by now."""
         source = node.args[1]
         assert isinstance(source, torch.fx.Node)
         self.walk.replace_values(source, [weight] * len(self.walk.runs))
+
+    def remarks(self) -> list[Remark]:
+        """What is to be said of the layers that have been looked at."""
+        if not self.fewer:
+            return []
+        first, *others = self.fewer
+        text = (
+            f"{self.what} looked at {min(self.fewer.values())} of {self.samples[-1]} samples at "
+            f"{first}{f' and {len(others)} more' if others else ''}: the values of all would take "
+            f"over {MOST_BYTES >> 20} MiB there or behind"
+        )
+        return [missed("fewer-samples", text)]
+
+    def _values(self, node: torch.fx.Node, layer: str) -> list[torch.Tensor]:
+        """The layer's input, of each part of the data that has room."""
+        # Those that are on their way first: where they are, the others may not have room.
+        self.walk.run_to(node)
+        self.walk.start(max(1, sum(samples <= self.room[node] for samples in self.samples)))
+        values = self.walk.inputs_of(node)
+        if self.walk.waiting and _row_count(node, values) < MOST_ROWS:
+            self.fewer[layer] = self.samples[len(values) - 1]
+        return values
+
+
+def _row_count(node: torch.fx.Node, values: Sequence[torch.Tensor]) -> int:
+    """How many rows `input_rows` has for all of them."""
+    if op_of(node) == "linear":
+        return sum(value[..., 0].numel() for value in values)
+    places: int = math.prod(node.meta["val"].shape[2:])
+    return sum(map(len, values)) * places
 
 
 def _finite(moments: torch.Tensor, layer: str) -> torch.Tensor:

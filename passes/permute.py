@@ -23,7 +23,11 @@ from gpusq_compile.pass_base import Pass, PassResult
 from gpusq_compile.permutation import Order, best_order
 from gpusq_compile.plan import LayerPlan, planned
 from gpusq_compile.remarks import analysis, missed, passed
-from gpusq_compile.second_moments import calibration_calls, input_mean_squares
+from gpusq_compile.second_moments import (
+    calibration_parts,
+    input_mean_squares,
+    samples_with_room,
+)
 from gpusq_compile.sparsity import PATTERNS
 
 LOOK = 6 * 10**8
@@ -70,7 +74,7 @@ def run(compilation: Compilation) -> PassResult:
         text = "no layer's input channels can change places: the reasons are in the report"
         compilation.console.warn(text)
         result.remarks.append(missed("nothing-permuted", text))
-    squares = input_squares(compilation, [(node, plan) for node, plan, _, _ in free], result)
+    squares = input_squares(compilation, [(node, plan) for node, plan, _, _ in free])
     with compilation.console.progress("permute", len(free)) as advance:
         for node, plan, channels, rows in free:
             found = search(graph_module, plan, channels, squares.get(node), generator)
@@ -116,7 +120,6 @@ def rows_of(stored: Stored, node: torch.fx.Node) -> Rows:
 def input_squares(
     compilation: Compilation,
     layers: list[tuple[torch.fx.Node, LayerPlan]],
-    result: PassResult,
 ) -> dict[torch.fx.Node, torch.Tensor]:
     """The mean square [in] of the input of each layer whose mask will look at it."""
     looking = {
@@ -127,9 +130,9 @@ def input_squares(
     if not looking:
         return {}
     what = "a permutation for masks that are chosen by inputs"
-    calls, remarks = calibration_calls(compilation, what, most=LOOK)
-    result.remarks += remarks
-    return input_mean_squares(compilation.ir, calls, looking)
+    samples = min(samples_with_room(compilation).values())
+    parts = calibration_parts(compilation, what, samples, most=LOOK)
+    return input_mean_squares(compilation.ir, [part.call for part in parts], looking)
 
 
 def search(

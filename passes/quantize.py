@@ -226,7 +226,6 @@ def round_by_inputs(
     graph_module = compilation.ir
     damping = compilation.rules.calibration.damping
     inputs = LayerInputs(compilation, "rounding gptq")
-    result.remarks += inputs.remarks
     if compilation.source.synthetic:
         text = "no data was given, so gptq rounded for generated noise, not for real images"
         result.remarks.append(missed("synthetic-calibration", text))
@@ -252,6 +251,7 @@ def round_by_inputs(
             text = f"gptq: output error {error:.2%} (to the nearest: {nearest:.2%})"
             result.remarks.append(analysis("rounded", text, plan.name))
             advance()
+    result.remarks += inputs.remarks()
 
 
 def _activation_quantizer(name: str, scale_dtype: torch.dtype) -> FakeQuantize:

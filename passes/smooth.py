@@ -151,21 +151,23 @@ def output_ranges(compilation: Compilation, sites: list[Site]) -> dict[torch.fx.
     """
     source, limit = compilation.source, compilation.rules.calibration.batches
     calls = calibration_calls(source, compilation.network, compilation.device, limit)
-    walk = Walk(compilation.ir, calls)
-    ranges = {}
     nodes = {site.node for site in sites}
-    with compilation.console.progress("smooth", len(sites)) as advance:
-        for node in compilation.ir.graph.nodes:
-            if node not in nodes:
-                continue
-            walk.run_past(node)
-            values = [value.abs().flatten(0, -2).amax(dim=0) for value in walk.values_of(node)]
-            ranges[node] = torch.stack(values).amax(dim=0).float()
-            if not bool(ranges[node].isfinite().all()):
-                raise InputError(
-                    "activation-not-finite",
-                    f"calibration met NaN or infinite values at {node.name}",
-                )
+    ordered = [node for node in compilation.ir.graph.nodes if node in nodes]
+    ranges: dict[torch.fx.Node, torch.Tensor] = {}
+    with compilation.console.progress("smooth", len(calls)) as advance:
+        # One batch after the other: as no layer changes in between, only one's values are held.
+        for call in calls:
+            walk = Walk(compilation.ir, [call])
+            for node in ordered:
+                walk.run_past(node)
+                [value] = walk.values_of(node)
+                largest = value.abs().flatten(0, -2).amax(dim=0).float()
+                if not bool(largest.isfinite().all()):
+                    raise InputError(
+                        "activation-not-finite",
+                        f"calibration met NaN or infinite values at {node.name}",
+                    )
+                ranges[node] = torch.maximum(ranges.get(node, largest), largest)
             advance()
     return ranges
 

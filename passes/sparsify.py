@@ -47,7 +47,6 @@ def run(compilation: Compilation) -> PassResult:
     inputs = None
     if by_inputs := sorted(methods - {"magnitude"}):
         inputs = LayerInputs(compilation, f"sparsity method {' and '.join(by_inputs)}")
-        result.remarks += inputs.remarks
         if compilation.source.synthetic:
             text = "no data was given, so masks were chosen from generated noise, not real images"
             result.remarks.append(missed("synthetic-calibration", text))
@@ -56,6 +55,8 @@ def run(compilation: Compilation) -> PassResult:
             text = prune(compilation, node, mask, inputs)
             result.remarks.append(passed("sparsified", text, node.meta[PLAN].name))
             advance()
+    if inputs is not None:
+        result.remarks += inputs.remarks()
     return result
 
 

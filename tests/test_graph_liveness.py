@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -10,11 +11,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from gpusq_compile import second_moments
+from gpusq_compile.compilation import Compilation
 from gpusq_compile.graph.liveness import live_bytes
 from gpusq_compile.graph.query import op_of
 from gpusq_compile.graph.walk import Walk
 from gpusq_compile.plan import planned
-from tests.compilations import begin, make_rules, remarks_of, run_until
+from gpusq_compile.second_moments import MOST_BYTES, even_ends, samples_with_room
+from tests.compilations import begin, make_rules, node_and_plan, remarks_of, run_until
 from tests.models import Attention, Shape, TinyViT, images, labelled, noise, seeded
 
 FLOAT = 4
@@ -35,10 +38,10 @@ class Residual(nn.Module):
 def test_values_count_until_their_last_reader_and_views_do_not_count() -> None:
     graph = run_until(begin(seeded(Residual), noise(2, 32), make_rules()), "mark").ir.graph
     up, down = [node for node in graph.nodes if op_of(node) == "linear"]
-    assert live_bytes(graph, [up]) == 2 * 32 * FLOAT, "the input"
-    assert live_bytes(graph, [down]) == 2 * (32 + 64) * FLOAT, "the input and what relu gave"
-    assert live_bytes(graph, [up, down]) == 2 * (32 + 64) * FLOAT, "the most of them"
-    assert live_bytes(graph, []) == 0
+    held = live_bytes(graph)
+    assert held[up] == 2 * 32 * FLOAT, "the input"
+    assert held[down] == 2 * (32 + 64) * FLOAT, "the input and what relu gave"
+    assert list(held) == list(graph.nodes)
 
 
 @pytest.mark.parametrize("attention", ["fused", "separate", "softmax"])
@@ -52,7 +55,7 @@ def test_it_is_what_a_walk_holds(attention: Attention) -> None:
         storages = {value.untyped_storage().data_ptr(): value.untyped_storage() for value in held}
         # Its last argument is still needed, and so is what a view of it looks at.
         inputs = sum(storage.nbytes() for storage in storages.values())
-        assert inputs <= live_bytes(compilation.ir.graph, [node]) <= 1.5 * inputs
+        assert inputs <= live_bytes(compilation.ir.graph)[node] <= 1.5 * inputs
 
 
 def method(name: str) -> dict[str, Any]:
@@ -60,40 +63,86 @@ def method(name: str) -> dict[str, Any]:
     return {"id": "all", "match": {"op": "linear"}, "sparsity": sparsity}
 
 
-def test_of_many_samples_only_those_are_looked_at_whose_values_may_be_held(
+def fewer_samples(compilation: Compilation) -> list[str]:
+    return [r.reason for r in remarks_of(compilation, "sparsify") if r.code == "fewer-samples"]
+
+
+def test_where_not_all_values_may_be_held_the_later_samples_wait(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def masks_after(data: Any) -> tuple[dict[str, torch.Tensor], list[str]]:
-        model = seeded(TinyViT, Shape(depth=1))
-        compilation = begin(model, images(2), make_rules(method("obs")), data=data)
-        run_until(compilation, "sparsify")
-        masks = {n: v for n, v in compilation.ir.named_buffers() if n.endswith("mask")}
-        said = [r.reason for r in remarks_of(compilation, "sparsify") if r.code == "fewer-samples"]
-        return masks, said
+    """Those that wait are looked at by the layers from which on there is room, in whose inputs they
+    meet the masks of the layers before."""
 
-    data = labelled(4)
-    [size] = {len(batch) for batch, _ in data}
-    everything, said = masks_after(data)
-    assert not said
-    given = begin(seeded(TinyViT, Shape(depth=1)), images(2), make_rules(method("obs")), data=data)
-    each = second_moments.bytes_of_a_sample(run_until(given, "mark"))
-    cases = [
-        (size, data[:1]),
-        (2 * size + 3, [*data[:2], part(data[2], 3)]),
-        (0, [part(data[0], 2)]),
-    ]
-    for samples, same_as in cases:
+    def moments_after(samples: float) -> tuple[dict[str, torch.Tensor], list[int], Compilation]:
+        compilation = begin(
+            seeded(Narrowing), noise(2, 64), make_rules(method("obs")), data=noise(12, 64).split(6)
+        )
+        run_until(compilation, "tap")
+        each = max(live_bytes(compilation.ir.graph).values()) / compilation.probe_samples
+        monkeypatch.setattr(second_moments, "MOST_BYTES", int(each * samples))
+        found, looked = {}, []
+        own = second_moments.LayerInputs.moments
+
+        def moments(self: Any, node: torch.fx.Node, layer: str) -> torch.Tensor:
+            found[layer] = own(self, node, layer)
+            looked.append(self.samples[len(self.walk.runs) - 1])
+            return found[layer]
+
+        monkeypatch.setattr(second_moments.LayerInputs, "moments", moments)
+        run_until(compilation, "sparsify")
         monkeypatch.undo()
-        expected, said = masks_after(same_as)
-        assert not said
-        assert any(not torch.equal(everything[name], expected[name]) for name in expected)
-        monkeypatch.setattr(second_moments, "MOST_BYTES", int(each * (samples + 0.5)))
-        found, said = masks_after(data)
-        assert said == [
-            f"sparsity method obs looked at {max(samples, 2)} samples of calibration_data() alone: "
-            "the values of more would take over 0 MiB at one layer"
-        ]
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        return found, looked, compilation
+
+    everything, looked, all_at_once = moments_after(12.5)
+    assert (looked, fewer_samples(all_at_once)) == ([12, 12, 12, 12], [])
+    found, looked, compilation = moments_after(4.5)
+    assert looked == [3, 3, 12, 12]
+    assert fewer_samples(compilation) == [
+        "sparsity method obs looked at 3 of 12 samples at up and 1 more: the values of all would "
+        "take over 0 MiB there or behind"
+    ]
+    same = {name: torch.allclose(found[name], everything[name]) for name in found}
+    assert same == {"up": False, "down": False, "first": False, "second": False}
+    # By the layers before as they were left, whichever samples these were left by.
+    for layer in ("first", "second"):
+        [expected] = inputs_of(compilation, layer, noise(12, 64))
+        torch.testing.assert_close(found[layer], second_moments.second_moments([expected]))
+
+
+class Narrowing(nn.Module):
+    """Holds many values at its first layers, and few at its last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 256), nn.Linear(256, 16)
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.down(F.relu(self.up(x))))
+        return self.second(F.relu(self.first(x)))
+
+
+def inputs_of(compilation: Compilation, layer: str, data: torch.Tensor) -> list[Any]:
+    node, _ = node_and_plan(compilation, layer)
+    return Walk(compilation.ir, [((data,), {})]).inputs_of(node)
+
+
+def test_of_many_rows_some_samples_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(second_moments, "MOST_BYTES", 1)
+    monkeypatch.setattr(second_moments, "MOST_ROWS", 2)
+    model = seeded(TinyViT, Shape(depth=1))
+    compilation = begin(model, images(2), make_rules(method("obs")), data=labelled(2))
+    assert not fewer_samples(run_until(compilation, "sparsify"))
+
+
+@pytest.mark.parametrize("most", [2, 3, 5, 100])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 32])
+def test_batches_are_cut_into_even_parts(size: int, most: int) -> None:
+    parts = [end - start for start, end in pairwise(even_ends(size, most))]
+    assert sum(parts) == size
+    assert max(parts) - min(parts) <= 1
+    assert min(parts) >= min(size, 2)
+    assert max(parts) <= max(most, 3)
 
 
 @pytest.mark.parametrize("batches", [1, 2])
@@ -106,14 +155,10 @@ def test_a_batch_that_may_not_be_cut_is_looked_at_whole(
     )
     compilation.source.dynamic_shapes = ({0: torch.export.Dim("batch")},)
     monkeypatch.setattr(second_moments, "MOST_BYTES", 1)
-    run_until(compilation, "sparsify")
-    said = [r.reason for r in remarks_of(compilation, "sparsify") if r.code == "fewer-samples"]
-    assert len(said) == batches - 1, "of a single batch nothing is left out"
-    assert all(f"looked at {len(data[0][0])} samples" in text for text in said)
-
-
-def part(batch: Any, samples: int) -> Any:
-    return tuple(value[:samples] for value in batch)
+    said = fewer_samples(run_until(compilation, "sparsify"))
+    assert len(said) == batches - 1, "of a single batch nothing waits"
+    size = len(data[0][0])
+    assert all(f"looked at {size} of {2 * size} samples" in text for text in said)
 
 
 def test_a_sample_is_the_models_whatever_a_scope_makes_of_it() -> None:
@@ -126,4 +171,5 @@ def test_a_sample_is_the_models_whatever_a_scope_makes_of_it() -> None:
             return self.inner(x.reshape(-1, 4, 32)).reshape(-1, 64, 32).mean(1)
 
     model = begin(seeded(Windows), noise(2, 64, 32), make_rules(), scope="inner")
-    assert second_moments.bytes_of_a_sample(run_until(model, "mark")) == 64 * 64 * FLOAT
+    run_until(model, "mark")
+    assert set(samples_with_room(model).values()) == {MOST_BYTES // (64 * 64 * FLOAT)}

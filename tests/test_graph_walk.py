@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -124,8 +124,7 @@ def test_a_masked_weight_is_computed_where_it_is_read(vit: torch.fx.GraphModule)
     walk = Walk(vit, CALLS)
     for node in linears(vit):
         walk.run_to(node)
-        masked = node.args[1]
-        assert isinstance(masked, torch.fx.Node)
+        masked = cast(torch.fx.Node, node.args[1])
         assert masked.name not in held(walk)
         for value in walk.values_of(masked):
             assert torch.equal(value, vit.get_submodule(str(masked.target))(weight_of(vit, masked)))
@@ -223,3 +222,23 @@ def test_keywords_may_come_in_any_order() -> None:
     for keywords in ({"plus": plus, "minus": minus}, {"minus": minus, "plus": plus}):
         [result] = finished(Walk(graph_module, [((), keywords)]), graph_module)
         assert torch.equal(result, plus - minus)
+
+
+def test_batches_that_wait_meet_the_layers_as_those_before_left_them(
+    vit: torch.fx.GraphModule,
+) -> None:
+    walk = Walk(vit, CALLS, started=0)
+    first, second, *_, last = linears(vit)
+    walk.run_to(first)
+    assert walk.values_of(first) == []
+    walk.start(1)
+    assert len(walk.inputs_of(first)) == 1
+    weight = first.args[1]
+    assert isinstance(weight, torch.fx.Node)
+    with torch.no_grad():
+        vit.get_parameter(str(weight.target)).mul_(0.5)
+    assert len(walk.inputs_of(second)) == 1
+    walk.start(len(CALLS) + 1)
+    assert len(walk.inputs_of(last)) == len(CALLS)
+    for (args, _), result in zip(CALLS, finished(walk, vit), strict=True):
+        assert torch.equal(result, vit(*args))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from itertools import accumulate
 
 import torch
 import torch.fx
@@ -11,16 +11,16 @@ import torch.fx
 from gpusq_compile.graph.query import traced_bytes
 
 
-def live_bytes(graph: torch.fx.Graph, places: Collection[torch.fx.Node]) -> int:
-    """The most bytes of computed values that are needed at or after one of `places`.
+def live_bytes(graph: torch.fx.Graph) -> dict[torch.fx.Node, int]:
+    """At each node the bytes of computed values that are needed there or after it.
 
-    For the batch that the graph was traced with; parameters and buffers do not count, and a view
-    counts as part of what it looks at. So does what a pass inserted: a tap hands on what it gets,
-    and a mask stands right before the reader of a parameter.
+    A node's inputs are needed at it, its own value is not yet there. For the batch that the graph
+    was traced with; parameters and buffers do not count, and a view counts as part of what it looks
+    at. So does what a pass inserted: a tap hands on what it gets, and a mask stands right before
+    the reader of a parameter.
 
     Args:
         graph: its nodes carry shapes (`meta["val"]`), dynamic ones with the traced size.
-        places: nodes; each one's inputs are needed at it, its own value is not yet there.
     """
     order = {node: index for index, node in enumerate(graph.nodes)}
     base: dict[torch.fx.Node, torch.fx.Node] = {}
@@ -34,13 +34,7 @@ def live_bytes(graph: torch.fx.Graph, places: Collection[torch.fx.Node]) -> int:
         if node.op != "get_attr" and end > order[node]:
             change[order[node] + 1] += traced_bytes(node)
             change[end + 1] -= traced_bytes(node)
-    most = now = 0
-    stops = {order[place] for place in places}
-    for index, difference in enumerate(change[:-1]):
-        now += difference
-        if index in stops:
-            most = max(most, now)
-    return most
+    return dict(zip(order, accumulate(change), strict=False))
 
 
 def _is_view(node: torch.fx.Node) -> bool:

@@ -26,12 +26,27 @@ class Walk:
 
     Between two moves a pass may change or replace any parameter or buffer, and insert nodes behind
     the last one that has been run.
+
+    Where the values of all batches are too many to hold, the later ones may wait for a place where
+    they are fewer: `started` says how many have set out, and `start` sends more after them. They
+    meet the layers before as those are by then.
     """
 
-    def __init__(self, graph_module: torch.fx.GraphModule, calls: Sequence[Call]) -> None:
+    def __init__(
+        self, graph_module: torch.fx.GraphModule, calls: Sequence[Call], started: int | None = None
+    ) -> None:
         self.graph = graph_module.graph
         self.last: torch.fx.Node | None = None
-        self.runs = [_Run(graph_module, call) for call in calls]
+        runs = [_Run(graph_module, call) for call in calls]
+        self.runs, self.waiting = runs[:started], deque(runs[len(runs[:started]) :])
+
+    def start(self, count: int) -> None:
+        """Let the first `count` batches run; as many as already do go on in any case."""
+        while self.waiting and len(self.runs) < count:
+            run = self.waiting.popleft()
+            if self.last is not None:
+                run.run_nodes(self._between(None, self.last))
+            self.runs.append(run)
 
     def inputs_of(self, node: torch.fx.Node, index: int = 0) -> list[Any]:
         """The value of argument `index` of the node, one per batch; runs all nodes before it."""
@@ -82,17 +97,20 @@ class Walk:
 
         So only one batch at a time holds the values in between.
         """
+        nodes = self._between(self.last, end)
+        for run in self.runs:
+            run.run_nodes(nodes)
+        if nodes:
+            self.last = nodes[-1]
+
+    def _between(self, last: torch.fx.Node | None, end: torch.fx.Node) -> list[torch.fx.Node]:
+        """The nodes after `last`, from the first one on where it is None, up to `end`."""
         nodes = []
-        node = next(iter(self.graph.nodes)) if self.last is None else self.last.next
+        node = next(iter(self.graph.nodes)) if last is None else last.next
         while node <= end and node.op != "root":
             nodes.append(node)
             node = node.next
-        with torch.no_grad():
-            for run in self.runs:
-                for node in nodes:
-                    run.step(node)
-        if nodes:
-            self.last = nodes[-1]
+        return nodes
 
 
 class _Run(torch.fx.Interpreter):
@@ -111,6 +129,11 @@ class _Run(torch.fx.Interpreter):
     def value_of(self, node: torch.fx.Node) -> Any:
         with self._read([node]):
             return self.env[node]
+
+    def run_nodes(self, nodes: Iterable[torch.fx.Node]) -> None:
+        with torch.no_grad():
+            for node in nodes:
+                self.step(node)
 
     def step(self, node: torch.fx.Node) -> None:
         if node in self.env:
