@@ -58,25 +58,35 @@ class Network:
     def scoped_inputs(self, inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The (args, kwargs) that the scoped submodule is called with for the model's `inputs`.
 
+        Of several calls the first. The model runs no further: what a detector makes of its
+        backbone's outputs may take more than the backbone.
+
         Raises:
             InputError: the model's forward never calls it.
         """
         if self.scope is None:
             return inputs, {}
-        seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
-        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.append((args, kwargs))
+        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise _ScopeReached(args, kwargs)
 
-        handle = self.original.register_forward_pre_hook(keep, with_kwargs=True)
+        handle = self.original.register_forward_pre_hook(stop, with_kwargs=True)
         try:
             with torch.no_grad():
                 self.root(*inputs)
+        except _ScopeReached as reached:
+            return reached.call
         finally:
             handle.remove()
-        if not seen:
-            raise InputError("scope-not-called", f"forward() never calls '{self.scope}'")
-        return seen[0]
+        raise InputError("scope-not-called", f"forward() never calls '{self.scope}'")
+
+
+class _ScopeReached(BaseException):
+    """Ends a forward at the scope; no `Exception`, which the model may catch."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.call = args, kwargs
 
 
 def _check_sizes(graph: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

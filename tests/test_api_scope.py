@@ -6,15 +6,17 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpusq_compile import CompileResult, InputError, compile_model
+from gpusq_compile.network import Network
 from tests.compilations import EVERYTHING, TAPS, make_rules, session_of
 from tests.models import (
     Detector,
     TinyViT,
     images,
     labelled,
+    noise,
     seeded,
 )
 
@@ -109,3 +111,26 @@ def test_outputs_that_hold_no_logits_are_an_error_of_the_fine_tune() -> None:
     assert caught.value.code == "no-logits"
     assert "[8, 4], [8, 10]" in caught.value.message
     assert "logits(outputs)" in str(caught.value.hint)
+
+
+def test_what_a_scope_is_called_with_needs_no_more_of_the_model() -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.finished = nn.Linear(4, 4), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            try:
+                found: Tensor = self.inner(2 * x)
+            except Exception:
+                found = x
+            self.finished += 1
+            return found
+
+    model, given = Around(), noise(2, 4)
+    network = Network(model, "inner")
+    [value], keywords = network.scoped_inputs((given,))
+    assert torch.equal(value, 2 * given)
+    assert (keywords, model.finished) == ({}, 0)
+    model(given)
+    assert model.finished == 1, "what stopped it is gone"
