@@ -23,13 +23,12 @@ from torchvision.ops import box_convert
 from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
 from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss
 
-from photos import CLASSES, Target, best_overlap, normalized, relative_boxes, samples, size_named
+from photos import CLASSES, Target, batches_of, best_overlap, normalized, relative_boxes, size_named
 
 Batch = tuple[Tensor, list[Target]]
 
 TINY = size_named("DETR", ("r50", "tiny")) == "tiny"
 IMAGE_SIZE = int(os.environ.get("IMAGE_SIZE", "128" if TINY else "384"))
-BATCH_SIZE = 2
 
 
 def config() -> DetrConfig:
@@ -79,27 +78,29 @@ def model() -> nn.Module:
 
 
 def example_inputs() -> tuple[Tensor, ...]:
-    return (batches(1, seed=1)[0][0],)
+    return (batches(2, seed=1)[0][0],)
 
 
-def batches(count: int, seed: int) -> list[Batch]:
-    """Batches of normalized images [2, 3, size, size] and what is on each."""
-    found = samples(count * BATCH_SIZE, IMAGE_SIZE, seed)
-    pairs = [found[start : start + BATCH_SIZE] for start in range(0, len(found), BATCH_SIZE)]
-    return [(normalized([image for image, _ in part]), [t for _, t in part]) for part in pairs]
+def batches(count: int, seed: int, batch: int = 2) -> list[Batch]:
+    """Batches of normalized images [batch, 3, size, size] and what is on each."""
+    return [
+        (normalized([image for image, _ in part]), [t for _, t in part])
+        for part in batches_of(batch, count, IMAGE_SIZE, seed)
+    ]
 
 
 def train_data() -> list[Batch]:
-    return batches(8, seed=2)
+    return batches(16, seed=2)
 
 
 def calibration_data() -> list[Batch]:
-    """Few images: each is hundreds of tokens or more, and every one of them is looked at."""
-    return batches(2, seed=4)
+    """Few images, as each is hundreds of tokens or more, and one at a time, as what is computed of
+    them takes more memory than the weights."""
+    return batches(4, seed=4, batch=1)
 
 
 def eval_data() -> list[Batch]:
-    return batches(2, seed=3)
+    return batches(4, seed=3, batch=1)
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:

@@ -52,20 +52,21 @@ def model() -> nn.Module:
 
 
 def example_inputs() -> tuple[list[Tensor]]:
-    return (batches(1, seed=1)[0][0],)
+    return (batches(2, seed=1)[0][0],)
 
 
 def train_data() -> list[Batch]:
-    return batches(8, seed=2)
+    return batches(16, seed=2)
 
 
 def calibration_data() -> list[Batch]:
-    """Few images: each is hundreds of tokens or more, and every one of them is looked at."""
-    return batches(2, seed=4)
+    """Few images, as each is hundreds of tokens or more, and one at a time, as what is computed of
+    them takes more memory than the weights."""
+    return batches(4, seed=4, batch=1)
 
 
 def eval_data() -> list[Batch]:
-    return batches(2, seed=3)
+    return batches(4, seed=3, batch=1)
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:

@@ -127,6 +127,12 @@ def samples(count: int, size: int, seed: int) -> list[tuple[Tensor, Target]]:
     return [sample(size, generator) for _ in range(count)]
 
 
+def batches_of(batch: int, count: int, size: int, seed: int) -> list[list[tuple[Tensor, Target]]]:
+    """`count` samples in batches of `batch`."""
+    found = samples(count, size, seed)
+    return [found[start : start + batch] for start in range(0, count, batch)]
+
+
 def normalized(images: list[Tensor]) -> Tensor:
     """Images in [0, 1] -> one batch [B, 3, H, W] with ImageNet's mean 0 and deviation 1."""
     return (torch.stack(images) - MEAN) / STD

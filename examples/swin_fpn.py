@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
-from photos import CLASSES, Target, best_overlap, samples, size_named
+from photos import CLASSES, Target, batches_of, best_overlap, size_named
 
 Batch = tuple[list[Tensor], list[Target]]
 
@@ -51,7 +51,6 @@ SIZES = {
 }
 SIZE = SIZES[size_named("SWIN", ("tiny", *SIZES))]
 IMAGE_SIZE = int(os.environ.get("IMAGE_SIZE", SIZE.image))
-BATCH_SIZE = 2
 ANCHORS = tuple((IMAGE_SIZE // share,) for share in (32, 16, 8, 4, 2))
 """The side of the square anchors of each level: the largest covers half of the image's side."""
 
@@ -78,13 +77,13 @@ class SwinFPN(nn.Module):
         return pyramid
 
 
-def batches(count: int, seed: int) -> list[Batch]:
-    """Batches of two images [3, size, size] in [0, 1] each, and what is on them; 0 is no class."""
+def batches(count: int, seed: int, batch: int = 2) -> list[Batch]:
+    """Batches of images [3, size, size] in [0, 1], and what is on them; 0 is no class."""
     found = []
-    for image, target in samples(count * BATCH_SIZE, IMAGE_SIZE, seed):
-        found.append((image, {**target, "labels": target["labels"] + 1}))
-    pairs = [found[start : start + BATCH_SIZE] for start in range(0, len(found), BATCH_SIZE)]
-    return [([image for image, _ in part], [target for _, target in part]) for part in pairs]
+    for part in batches_of(batch, count, IMAGE_SIZE, seed):
+        targets = [{**target, "labels": target["labels"] + 1} for _, target in part]
+        found.append(([image for image, _ in part], targets))
+    return found
 
 
 def detector_loss(model: nn.Module, batch: Batch) -> Tensor:

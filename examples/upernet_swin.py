@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import SwinConfig, UperNetConfig, UperNetForSemanticSegmentation
 
-from photos import CLASSES, classes_per_pixel, normalized, samples, size_named
+from photos import CLASSES, batches_of, classes_per_pixel, normalized, size_named
 
 Batch = tuple[Tensor, Tensor]
 
@@ -49,7 +49,6 @@ SIZES = {
 }
 SIZE = SIZES[size_named("UPERNET", ("tiny", *SIZES))]
 IMAGE_SIZE = int(os.environ.get("IMAGE_SIZE", SIZE.image))
-BATCH_SIZE = 2
 
 
 class Segmenter(nn.Module):
@@ -84,33 +83,32 @@ def model() -> nn.Module:
 
 
 def example_inputs() -> tuple[Tensor, ...]:
-    return (batches(1, seed=1)[0][0],)
+    return (batches(2, seed=1)[0][0],)
 
 
-def batches(count: int, seed: int) -> list[Batch]:
-    """Batches of normalized images [2, 3, size, size] and classes int64 [2, size, size]."""
-    found = samples(count * BATCH_SIZE, IMAGE_SIZE, seed)
-    pairs = [found[start : start + BATCH_SIZE] for start in range(0, len(found), BATCH_SIZE)]
+def batches(count: int, seed: int, batch: int = 2) -> list[Batch]:
+    """Batches of normalized images [batch, 3, size, size] and classes int64 [batch, size, size]."""
     return [
         (
             normalized([image for image, _ in part]),
             torch.stack([classes_per_pixel(target) for _, target in part]),
         )
-        for part in pairs
+        for part in batches_of(batch, count, IMAGE_SIZE, seed)
     ]
 
 
 def train_data() -> list[Batch]:
-    return batches(8, seed=2)
+    return batches(16, seed=2)
 
 
 def calibration_data() -> list[Batch]:
-    """Few images: each is hundreds of tokens or more, and every one of them is looked at."""
-    return batches(2, seed=4)
+    """Few images, as each is hundreds of tokens or more, and one at a time, as what is computed of
+    them takes more memory than the weights."""
+    return batches(4, seed=4, batch=1)
 
 
 def eval_data() -> list[Batch]:
-    return batches(2, seed=3)
+    return batches(4, seed=3, batch=1)
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
