@@ -43,7 +43,9 @@ BLOCKED = -1e4
 class Size:
     """Of a model. `target_depth` is the layer that tokens are expected to halt at, from 1.
 
-    `batches` limits the data: one pass over the digits takes the larger models an hour.
+    `batches`, of `batch` images, limit the data: one pass over the digits takes the larger models
+    an hour. Calibration and evaluation look at `eval_batch` of the images at once: the memory that
+    a compile takes grows with it.
     """
 
     image: int
@@ -55,13 +57,18 @@ class Size:
     classes: int
     target_depth: int
     batch: int
+    eval_batch: int
     batches: int | None = None
 
 
 SIZES = {
-    "digits": Size(32, 8, 64, 4, 4, 2, classes=10, target_depth=3, batch=64),
-    "tiny": Size(224, 16, 192, 12, 3, 4, classes=1000, target_depth=8, batch=8, batches=4),
-    "small": Size(224, 16, 384, 12, 6, 4, classes=1000, target_depth=8, batch=8, batches=4),
+    "digits": Size(32, 8, 64, 4, 4, 2, classes=10, target_depth=3, batch=64, eval_batch=64),
+    "tiny": Size(
+        224, 16, 192, 12, 3, 4, classes=1000, target_depth=8, batch=8, eval_batch=2, batches=4
+    ),
+    "small": Size(
+        224, 16, 384, 12, 6, 4, classes=1000, target_depth=8, batch=8, eval_batch=2, batches=4
+    ),
 }
 
 
@@ -202,29 +209,32 @@ def chosen_size() -> Size:
 
 
 class ScaledUp:
-    """The digits [B, 1, 8, 8] of a loader as colour images of a model's size, in its batches."""
+    """The digits [B, 1, 8, 8] of a loader as colour images of a model's size, `at_once` in a batch.
 
-    def __init__(self, loader: Iterable[Any], size: Size) -> None:
+    How many images there are does not depend on that.
+    """
+
+    def __init__(self, loader: Iterable[Any], size: Size, at_once: int) -> None:
         self.loader = loader
         self.size = size
+        self.at_once = at_once
 
     def __len__(self) -> int:
-        return sum(1 for _ in self._parts(self._all_batches()))
+        return sum(1 for _ in self._batches())
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         shape = (self.size.image, self.size.image)
-        for images, labels in self._parts(self._all_batches()):
+        for images, labels in self._batches():
             large = F.interpolate(images, shape, mode="bilinear", align_corners=False)
             yield large.expand(-1, 3, -1, -1).contiguous(), labels
 
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        limit = self.size.batches and self.size.batches * self.size.batch // self.at_once
+        return islice(self._all_batches(), limit)
+
     def _all_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels in self.loader:
-            yield from zip(
-                images.split(self.size.batch), labels.split(self.size.batch), strict=True
-            )
-
-    def _parts(self, found: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-        return islice(found, self.size.batches)
+            yield from zip(images.split(self.at_once), labels.split(self.at_once), strict=True)
 
 
 def model() -> nn.Module:
@@ -249,15 +259,18 @@ def example_inputs() -> tuple[Tensor, ...]:
 
 
 def train_data() -> ScaledUp:
-    return ScaledUp(digits_vit.train_data(), chosen_size())
+    size = chosen_size()
+    return ScaledUp(digits_vit.train_data(), size, size.batch)
 
 
 def calibration_data() -> ScaledUp:
-    return ScaledUp(digits_vit.calibration_data(), chosen_size())
+    size = chosen_size()
+    return ScaledUp(digits_vit.calibration_data(), size, size.eval_batch)
 
 
 def eval_data() -> ScaledUp:
-    return ScaledUp(digits_vit.eval_data(), chosen_size())
+    size = chosen_size()
+    return ScaledUp(digits_vit.eval_data(), size, size.eval_batch)
 
 
 def logits(outputs: dict[str, Tensor]) -> Tensor:

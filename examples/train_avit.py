@@ -27,7 +27,7 @@ def held_out(model: nn.Module) -> tuple[float, float]:
     """Top-1 accuracy on the held-out images, 0 to 1, and the layer that a token halts at."""
     model.eval()
     hits, depth = [], []
-    for images, labels in avit.ScaledUp(avit.digits_vit.eval_data(), SIZE):
+    for images, labels in avit.ScaledUp(avit.digits_vit.eval_data(), SIZE, SIZE.eval_batch):
         outputs = model(images)
         hits.append(outputs["logits"].argmax(1) == labels)
         depth.append(avit.expected_depth(outputs["halting"]))
@@ -36,7 +36,7 @@ def held_out(model: nn.Module) -> tuple[float, float]:
 
 
 def train(model: nn.Module, epochs: int, peak_lr: float, *, adaptive: bool) -> None:
-    batches = avit.ScaledUp(avit.digits_vit.train_data(), SIZE)
+    batches = avit.ScaledUp(avit.digits_vit.train_data(), SIZE, SIZE.batch)
     target = avit.target_distribution(SIZE.depth, SIZE.target_depth)
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
