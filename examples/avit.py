@@ -43,9 +43,8 @@ BLOCKED = -1e4
 class Size:
     """Of a model. `target_depth` is the layer that tokens are expected to halt at, from 1.
 
-    `batches`, of `batch` images, limit the data: one pass over the digits takes the larger models
-    an hour. Calibration and evaluation look at `eval_batch` of the images at once: the memory that
-    a compile takes grows with it.
+    `images` limits the data: one pass over the digits takes the larger models an hour. Calibration
+    and evaluation look at `eval_batch` of them at once: a compile's memory grows with it.
     """
 
     image: int
@@ -58,16 +57,16 @@ class Size:
     target_depth: int
     batch: int
     eval_batch: int
-    batches: int | None = None
+    images: int | None = None
 
 
 SIZES = {
     "digits": Size(32, 8, 64, 4, 4, 2, classes=10, target_depth=3, batch=64, eval_batch=64),
     "tiny": Size(
-        224, 16, 192, 12, 3, 4, classes=1000, target_depth=8, batch=8, eval_batch=2, batches=4
+        224, 16, 192, 12, 3, 4, classes=1000, target_depth=8, batch=8, eval_batch=2, images=32
     ),
     "small": Size(
-        224, 16, 384, 12, 6, 4, classes=1000, target_depth=8, batch=8, eval_batch=2, batches=4
+        224, 16, 384, 12, 6, 4, classes=1000, target_depth=8, batch=8, eval_batch=2, images=32
     ),
 }
 
@@ -209,10 +208,7 @@ def chosen_size() -> Size:
 
 
 class ScaledUp:
-    """The digits [B, 1, 8, 8] of a loader as colour images of a model's size, `at_once` in a batch.
-
-    How many images there are does not depend on that.
-    """
+    """A loader's digits [B, 1, 8, 8] as colour images of a model's size, `at_once` in a batch."""
 
     def __init__(self, loader: Iterable[Any], size: Size, at_once: int) -> None:
         self.loader = loader
@@ -229,8 +225,8 @@ class ScaledUp:
             yield large.expand(-1, 3, -1, -1).contiguous(), labels
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        limit = self.size.batches and self.size.batches * self.size.batch // self.at_once
-        return islice(self._all_batches(), limit)
+        images = self.size.images
+        return islice(self._all_batches(), None if images is None else images // self.at_once)
 
     def _all_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels in self.loader:
