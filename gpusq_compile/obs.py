@@ -19,20 +19,12 @@ from dataclasses import dataclass
 
 import torch
 
+from gpusq_compile.inverse_factor import EXACT_COLUMNS
 from gpusq_compile.quantization.fake_quantize import IntegerRange, broadcastable
 from gpusq_compile.sparsity import Pattern, group_masks
 
 BLOCK = 128
 """Columns after which the errors so far are spread over all that follow, in one product."""
-
-INVERSE_BLOCK = 256
-"""Rows of a triangular matrix that are inverted at once; the rest of the work are products."""
-
-REVERSED_AT_ONCE = 1 << 20
-"""Values of a matrix that is turned around, in one step."""
-
-EXACT_COLUMNS = 512
-"""Wider weights are swept in float32, and their moments factorized in it where damping allows."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +51,7 @@ class Grid:
 
 def sweep(
     weight: torch.Tensor,
-    moments: torch.Tensor,
-    damping: float,
+    factor: torch.Tensor,
     *,
     pattern: Pattern | None = None,
     mask: torch.Tensor | None = None,
@@ -70,8 +61,8 @@ def sweep(
 
     Args:
         weight: [out, columns], any float dtype.
-        moments: [columns, columns], second moments of the inputs; need not be of full rank.
-        damping: share of their mean diagonal that is added to the diagonal, above 0.
+        factor: [columns, columns], the `inverse_factor` of the second moments of the inputs. What
+            is below its diagonal is not read.
         pattern: the mask is chosen, in this pattern along the columns.
         mask: bool [out, columns], the mask to keep to. With neither the weight stays dense.
         grid: kept weights are rounded onto it.
@@ -89,8 +80,7 @@ def sweep(
     group = 1 if pattern is None else pattern.group
     if columns % group:
         raise ValueError(f"{columns} columns are not a multiple of {group}")
-    factor = inverse_factor(moments, damping)
-    solvers = _diagonal_blocks(factor, group)
+    solvers = _diagonal_blocks(factor, group).triu()
     choices = None if pattern is None else _Choices.of(solvers, pattern)
     identity = torch.eye(group, dtype=factor.dtype, device=factor.device)
     solvers = torch.linalg.solve_triangular(solvers, identity, upper=True)
@@ -122,70 +112,6 @@ def sweep(
             left[end:last].addmm_(factor[start:end, end:last].T, error, alpha=-1)
         left[last:].addmm_(factor[first:last, last:].T, errors, alpha=-1)
     return left.T.to(weight.dtype).contiguous(), found.T.contiguous()
-
-
-def inverse_factor(moments: torch.Tensor, damping: float) -> torch.Tensor:
-    """U, upper triangular, with `U.T @ U` the inverse of the damped moments.
-
-    The moments are first divided by the mean of their diagonal: U's own scale means nothing to
-    the sweep. Damping grows by factors of ten where rounding errors leave the moments indefinite.
-
-    Raises:
-        ValueError: the moments are not finite.
-    """
-    if not bool(torch.isfinite(moments.diagonal()).all()):
-        raise ValueError("the moments are not finite")
-    mean = float(moments.diagonal().double().mean())
-    while True:
-        # Reversed, the lower factor of Cholesky is the upper R of moments = R R^T; U is R^-1.
-        damped = moments.flip(0, 1).to(_precision(len(moments), damping))
-        damped = damped.div_(mean) if mean > 0 else damped.zero_()
-        damped.diagonal().add_(damping)
-        # In place, as a wide layer's moments are the largest thing there is. Of a symmetric matrix
-        # the transposed view is the same one, and column by column, as LAPACK writes it.
-        lower, failed = damped.mT, torch.empty((), dtype=torch.int32, device=damped.device)
-        torch.linalg.cholesky_ex(lower, out=(lower, failed))
-        if not int(failed):
-            return _reverse(_invert_lower(lower))
-        del damped, lower
-        damping *= 10.0
-
-
-def _precision(columns: int, damping: float) -> torch.dtype:
-    """float64, or where its rounding errors are small beside the damping, float32.
-
-    The largest eigenvalue is at most the sum of the diagonal, whose mean is 1.
-    """
-    small = 10.0 * columns * torch.finfo(torch.float32).eps < damping
-    return torch.float32 if columns > EXACT_COLUMNS and small else torch.float64
-
-
-def _invert_lower(matrix: torch.Tensor) -> torch.Tensor:
-    """Invert a lower triangular matrix in place, in block rows that are mostly matrix products."""
-    size = len(matrix)
-    for first in range(0, size, INVERSE_BLOCK):
-        last = min(first + INVERSE_BLOCK, size)
-        own = matrix[first:last, first:last]
-        identity = torch.eye(last - first, dtype=matrix.dtype, device=matrix.device)
-        corner = torch.linalg.solve_triangular(own, identity, upper=False)
-        # The rows above are the inverse's by now.
-        beside = matrix[first:last, :first] @ matrix[:first, :first]
-        matrix[first:last, first:last] = corner
-        matrix[first:last, :first] = (corner @ beside).neg_()
-    return matrix
-
-
-def _reverse(matrix: torch.Tensor) -> torch.Tensor:
-    """Turn rows and columns around, in place; [n, n], column by column."""
-    values = matrix.mT.view(-1)
-    half, end = len(values) // 2, len(values)
-    for first in range(0, half, REVERSED_AT_ONCE):
-        last = min(first + REVERSED_AT_ONCE, half)
-        front, back = values[first:last], values[end - last : end - first]
-        held = front.flip(0)
-        front.copy_(back.flip(0))
-        back.copy_(held)
-    return matrix
 
 
 def _diagonal_blocks(matrix: torch.Tensor, size: int) -> torch.Tensor:

@@ -23,6 +23,7 @@ from gpusq_compile.errors import InputError
 from gpusq_compile.graph.liveness import live_bytes
 from gpusq_compile.graph.query import op_of
 from gpusq_compile.graph.walk import Call, Walk
+from gpusq_compile.inverse_factor import precision, write_inverse_factor
 from gpusq_compile.plan import planned
 from gpusq_compile.remarks import Remark, missed
 from gpusq_compile.sparsity import REDUCTION_AXIS
@@ -161,38 +162,57 @@ def sum_of_squares(rows: torch.Tensor) -> torch.Tensor:
     return torch.stack([part.double().square_().sum(dim=0) for part in parts]).sum(dim=0)
 
 
-def output_error(matrix: torch.Tensor, changed: torch.Tensor, moments: torch.Tensor) -> float:
-    """||X W^T - X W'^T|| / ||X W^T||, the bias left out; 0 where the layer computes zeros.
+class SecondMoments:
+    """The second moments of a layer's inputs, and the factor of their inverse beside them.
 
-    Args:
-        matrix, changed: W and W', [out, columns].
-        moments: [columns, columns], of the layer's inputs X.
+    Of a wide layer they are the largest thing there is, so the factor takes the triangle that
+    repeats the other one; see `write_inverse_factor`.
     """
-    return output_errors(matrix, [changed], moments)[0]
 
+    def __init__(self, square: torch.Tensor) -> None:
+        """Take over what `second_moments` returns: [columns, columns]."""
+        self.diagonal = square.diagonal().clone()
+        self._square = square
+        self._factor: tuple[float, torch.Tensor] | None = None
 
-def output_errors(
-    matrix: torch.Tensor, changed: Sequence[torch.Tensor], moments: torch.Tensor
-) -> list[float]:
-    """The `output_error` of each of several `changed`."""
-    dtype = torch.float32 if matrix.shape[1] > WIDE else torch.float64
-    matrix, moments = matrix.to(dtype), moments.to(dtype)
-    energy = _energy(matrix, moments)
-    errors = (_energy(matrix - other.to(dtype), moments) for other in changed)
-    return [math.sqrt(error / energy) if energy > 0 else 0.0 for error in errors]
+    def inverse_factor(self, damping: float) -> torch.Tensor:
+        """U, to be read on and above the diagonal, with `U.T @ U` the inverse of the damped
+        moments: [columns, columns], float64 or, if wide and the damping allows, float32.
 
+        Raises:
+            ValueError: the moments are not finite.
+        """
+        if self._factor is None or self._factor[0] != damping:
+            square = self._square.to(precision(len(self._square), damping))
+            write_inverse_factor(square, self.diagonal, damping)
+            self._factor = damping, square
+        return self._factor[1]
 
-def _energy(matrix: torch.Tensor, moments: torch.Tensor) -> float:
-    """The trace of `matrix @ moments @ matrix.T`."""
-    total = 0.0
-    for first in range(0, len(moments), WIDE):
-        last = min(first + WIDE, len(moments))
-        own = matrix[:, first:last]
-        total += float(((own @ moments[first:last, first:last]) * own).sum())
-        if last < len(moments):
-            beside = matrix[:, last:] @ moments[last:, first:last]
-            total += 2.0 * float((beside * own).sum())
-    return max(total, 0.0)
+    def output_errors(self, matrix: torch.Tensor, changed: Sequence[torch.Tensor]) -> list[float]:
+        """||X W^T - X W'^T|| / ||X W^T|| for each W', the bias left out; 0 where the layer computes
+        zeros.
+
+        Args:
+            matrix: W, [out, columns].
+            changed: the W', as large.
+        """
+        matrix = matrix.to(self._square.dtype)
+        energy = self._energy(matrix)
+        errors = (self._energy(matrix - other.to(matrix.dtype)) for other in changed)
+        return [math.sqrt(error / energy) if energy > 0 else 0.0 for error in errors]
+
+    def _energy(self, matrix: torch.Tensor) -> float:
+        """The trace of `matrix @ moments @ matrix.T`."""
+        below = 0.0
+        for first in range(0, len(self._square), WIDE):
+            last = min(first + WIDE, len(self._square))
+            own = matrix[:, first:last]
+            product = own @ self._square[first:last, first:last].tril(-1)
+            if last < len(self._square):
+                product.addmm_(matrix[:, last:], self._square[last:, first:last])
+            below += float(product.mul_(own).sum())
+        squares = matrix.square().sum(dim=0, dtype=torch.float64)
+        return max(float(squares @ self.diagonal.double()) + 2.0 * below, 0.0)
 
 
 def samples_with_room(compilation: Compilation) -> dict[torch.fx.Node, int]:
@@ -294,9 +314,9 @@ class LayerInputs:
         self.samples = list(accumulate(part.samples for part in parts))
         self.walk = Walk(compilation.ir, [part.call for part in parts], started=0)
         self.fewer: dict[str, int] = {}
-        self._shared: tuple[object, torch.Tensor] | None = None
+        self._shared: tuple[object, SecondMoments] | None = None
 
-    def moments(self, node: torch.fx.Node, layer: str) -> torch.Tensor:
+    def moments(self, node: torch.fx.Node, layer: str) -> SecondMoments:
         """The second moments of a layer's inputs; linears that read one tensor share them.
 
         Raises:
@@ -309,13 +329,16 @@ class LayerInputs:
         self._shared = None
         total = _row_count(node, values) if linear else 0
         step = max(1, math.ceil(total / MOST_ROWS))
-        moments = second_moments(
+        square = second_moments(
             thinned(rows, step) for value in values for rows in input_rows(node, value)
         )
+        # An input that is not finite leaves its square on the diagonal.
+        _finite(square.diagonal(), layer)
+        moments = SecondMoments(square)
         assert isinstance(source, torch.fx.Node)
         if linear and any(op_of(user) == "linear" and user > node for user in source.users):
             self._shared = (source, moments)
-        return _finite(moments, layer)
+        return moments
 
     def mean_squares(self, node: torch.fx.Node, layer: str) -> torch.Tensor:
         """The mean square of each column of a layer's inputs.
@@ -364,11 +387,9 @@ def _row_count(node: torch.fx.Node, values: Sequence[torch.Tensor]) -> int:
     return sum(map(len, values)) * places
 
 
-def _finite(moments: torch.Tensor, layer: str) -> torch.Tensor:
-    # An input that is not finite leaves its square on the diagonal.
-    diagonal = moments.diagonal() if moments.ndim == 2 else moments
-    if not bool(torch.isfinite(diagonal).all()):
+def _finite(squares: torch.Tensor, layer: str) -> torch.Tensor:
+    if not bool(torch.isfinite(squares).all()):
         raise InputError(
             "activation-not-finite", f"calibration met NaN or infinite values at {layer}"
         )
-    return moments
+    return squares

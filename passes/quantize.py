@@ -34,7 +34,7 @@ from gpusq_compile.quantization.fake_quantize import (
     IntegerRange,
 )
 from gpusq_compile.remarks import Remark, analysis, missed, passed
-from gpusq_compile.second_moments import LayerInputs, as_matrix, as_weight, output_errors
+from gpusq_compile.second_moments import LayerInputs, as_matrix, as_weight
 from gpusq_compile.sparsity import REDUCTION_AXIS, Mask
 
 SCALE_TYPES = {"fp16": torch.float16, "fp32": torch.float32}
@@ -239,13 +239,12 @@ def round_by_inputs(
             before = as_matrix(weight)
             after, _ = sweep(
                 before,
-                moments,
-                damping,
+                moments.inverse_factor(damping),
                 mask=None if mask is None else as_matrix(mask),
                 grid=Grid(module.exported_scale(), module.grid),
             )
             to_nearest = as_matrix(module(weight))
-            error, nearest = output_errors(before, (after, to_nearest), moments)
+            error, nearest = moments.output_errors(before, (after, to_nearest))
             graph_module.get_parameter(plan.weight).copy_(as_weight(after, weight.shape))
             inputs.settle(node, module(as_weight(after, weight.shape)))
             text = f"gptq: output error {error:.2%} (to the nearest: {nearest:.2%})"

@@ -22,7 +22,7 @@ from gpusq_compile.passes.quantize import ROUNDED_WITH, read_as_first, weight_qu
 from gpusq_compile.plan import PLAN, LayerPlan, first_readers, planned, update_plan
 from gpusq_compile.quantization.calibrate import weight_scale
 from gpusq_compile.remarks import missed, passed
-from gpusq_compile.second_moments import LayerInputs, as_matrix, as_weight, output_errors
+from gpusq_compile.second_moments import LayerInputs, as_matrix, as_weight
 from gpusq_compile.sparsity import PATTERNS, Mask, magnitude_mask, wanda_mask
 
 
@@ -101,9 +101,9 @@ def prune(
         if rounds_too(compilation, plan):
             grid = joint_grid(compilation, node, plan, weight * module.mask)
             plain, way = grid.nearest(plain), "magnitude, to the nearest"
-        result, found = sweep(dense, moments, damping, pattern=pattern, grid=grid)
+        result, found = sweep(dense, moments.inverse_factor(damping), pattern=pattern, grid=grid)
         weight.copy_(as_weight(result, weight.shape))
-        error, other = output_errors(dense, (result, plain), moments)
+        error, other = moments.output_errors(dense, (result, plain))
         cost = f", output error {error:.1%} ({way}: {other:.1%})"
         if grid is not None:
             cost += f", rounded to {grid.levels.name} in the same sweep"

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
+from gpusq_compile.inverse_factor import inverse_factor
 from gpusq_compile.lowering.int4 import store_as_int4
 from gpusq_compile.obs import Grid, sweep
 from gpusq_compile.quantization.calibrate import weight_scale
@@ -22,9 +23,9 @@ from gpusq_compile.quantization.fake_quantize import (
     quantize_values,
 )
 from gpusq_compile.quantization.operators import DEQUANTIZE
-from gpusq_compile.second_moments import output_error
 from gpusq_compile.sparsity import PATTERNS, magnitude_mask, violations
 from tests.models import noise
+from tests.moments import output_error
 
 steady = settings(deadline=None)  # A busy machine is no failure.
 GRID = WEIGHT_RANGES["int4"]
@@ -154,7 +155,7 @@ def test_gptq_puts_each_column_onto_the_grid_of_its_block_and_loses_less_at_the_
     module = quantizer(weight_scale(kept, "mse", GRID.qmax, 4))
     grid = Grid(module.exported_scale(), GRID)
     moments = inputs.T @ inputs
-    result, _ = sweep(kept, moments, 0.01, mask=mask, grid=grid)
+    result, _ = sweep(kept, inverse_factor(moments, 0.01), mask=mask, grid=grid)
     assert torch.equal(module(result), result)
     assert torch.equal(grid.nearest(result), result)
     if mask is not None:
@@ -167,8 +168,10 @@ def test_gptq_with_a_scale_for_all_blocks_alike_is_gptq_with_one_per_channel() -
     weight, inputs = noise(8, 64), correlated(256, 64)
     scale = weight_scale(weight, "max", GRID.qmax)
     moments = inputs.T @ inputs
-    one, _ = sweep(weight, moments, 0.01, grid=Grid(scale, GRID))
-    same, _ = sweep(weight, moments, 0.01, grid=Grid(scale.unsqueeze(1).repeat(1, 4), GRID))
+    one, _ = sweep(weight, inverse_factor(moments, 0.01), grid=Grid(scale, GRID))
+    same, _ = sweep(
+        weight, inverse_factor(moments, 0.01), grid=Grid(scale.unsqueeze(1).repeat(1, 4), GRID)
+    )
     assert torch.equal(one, same)
 
 

@@ -15,6 +15,7 @@ from gpusq_compile.compilation import Compilation
 from gpusq_compile.graph.liveness import live_bytes
 from gpusq_compile.graph.query import op_of
 from gpusq_compile.graph.walk import Walk
+from gpusq_compile.inverse_factor import inverse_factor
 from gpusq_compile.plan import planned
 from gpusq_compile.second_moments import MOST_BYTES, even_ends, samples_with_room
 from tests.compilations import begin, make_rules, node_and_plan, remarks_of, run_until
@@ -73,7 +74,7 @@ def test_where_not_all_values_may_be_held_the_later_samples_wait(
     """Those that wait are looked at by the layers from which on there is room, in whose inputs they
     meet the masks of the layers before."""
 
-    def moments_after(samples: float) -> tuple[dict[str, torch.Tensor], list[int], Compilation]:
+    def factors_after(samples: float) -> tuple[dict[str, torch.Tensor], list[int], Compilation]:
         compilation = begin(
             seeded(Narrowing), noise(2, 64), make_rules(method("obs")), data=noise(12, 64).split(6)
         )
@@ -83,19 +84,20 @@ def test_where_not_all_values_may_be_held_the_later_samples_wait(
         found, looked = {}, []
         own = second_moments.LayerInputs.moments
 
-        def moments(self: Any, node: torch.fx.Node, layer: str) -> torch.Tensor:
-            found[layer] = own(self, node, layer)
+        def moments(self: Any, node: torch.fx.Node, layer: str) -> second_moments.SecondMoments:
+            moments = own(self, node, layer)
+            found[layer] = moments.inverse_factor(0.01).triu()
             looked.append(self.samples[len(self.walk.runs) - 1])
-            return found[layer]
+            return moments
 
         monkeypatch.setattr(second_moments.LayerInputs, "moments", moments)
         run_until(compilation, "sparsify")
         monkeypatch.undo()
         return found, looked, compilation
 
-    everything, looked, all_at_once = moments_after(12.5)
+    everything, looked, all_at_once = factors_after(12.5)
     assert (looked, fewer_samples(all_at_once)) == ([12, 12, 12, 12], [])
-    found, looked, compilation = moments_after(4.5)
+    found, looked, compilation = factors_after(4.5)
     assert looked == [3, 3, 12, 12]
     assert fewer_samples(compilation) == [
         "sparsity method obs looked at 3 of 12 samples at up and 1 more: the values of all would "
@@ -106,7 +108,10 @@ def test_where_not_all_values_may_be_held_the_later_samples_wait(
     # By the layers before as they were left, whichever samples these were left by.
     for layer in ("first", "second"):
         [expected] = inputs_of(compilation, layer, noise(12, 64))
-        torch.testing.assert_close(found[layer], second_moments.second_moments([expected]))
+        square = second_moments.second_moments([expected])
+        factor = inverse_factor(square, 0.01)
+        torch.testing.assert_close(found[layer], factor, rtol=1e-3, atol=1e-4)
+        assert not torch.allclose(everything[layer], factor, rtol=1e-3, atol=1e-4)
 
 
 class Narrowing(nn.Module):

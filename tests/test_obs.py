@@ -13,23 +13,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gpusq_compile.obs import BLOCK, Grid, inverse_factor, sweep
+from gpusq_compile.inverse_factor import inverse_factor
+from gpusq_compile.obs import BLOCK, Grid, sweep
 from gpusq_compile.quantization.calibrate import weight_scale
 from gpusq_compile.quantization.fake_quantize import FakeQuantize, IntegerRange
 from gpusq_compile.second_moments import (
     LayerInputs,
+    SecondMoments,
     as_matrix,
     as_weight,
     input_rows,
     mean_squares,
-    output_error,
-    output_errors,
     second_moments,
     thinned,
 )
 from gpusq_compile.sparsity import PATTERNS, Pattern, magnitude_mask, violations
 from tests.compilations import begin, make_rules, node_and_plan, run_until
 from tests.models import Convolution, Perceptron, noise, seeded
+from tests.moments import output_error
 
 steady = settings(deadline=None)  # A busy machine is no failure.
 TWO_OF_FOUR = PATTERNS["2:4"]
@@ -79,7 +80,7 @@ def test_a_swept_weight_is_legal_finite_and_zero_where_masked(
     problem: tuple[Tensor, Tensor], pattern: Pattern, damping: float
 ) -> None:
     weight, moments = problem
-    found, mask = sweep(weight, moments, damping, pattern=pattern)
+    found, mask = sweep(weight, inverse_factor(moments, damping), pattern=pattern)
     assert (found.dtype, found.shape) == (weight.dtype, weight.shape)
     units = mask.reshape(len(weight), -1, pattern.units, pattern.unit)
     assert torch.equal(units.all(dim=-1), units.any(dim=-1))
@@ -104,7 +105,7 @@ def test_kept_weights_are_exactly_on_the_grid_and_masked_ones_exactly_zero(
         "mask": {"mask": given_mask},
         "dense": {},
     }
-    found, mask = sweep(weight, moments, DAMPING, grid=grid, **choices[how])
+    found, mask = sweep(weight, inverse_factor(moments, DAMPING), grid=grid, **choices[how])
     with torch.no_grad():
         assert torch.equal(quantizer(found), found)
     assert torch.equal(found * mask, found)
@@ -123,7 +124,7 @@ def test_inputs_without_correlation_keep_the_energy_of_magnitude_and_move_nothin
 ) -> None:
     weight, _ = problem
     moments = size * torch.eye(weight.shape[1])
-    found, mask = sweep(weight, moments, DAMPING, pattern=pattern)
+    found, mask = sweep(weight, inverse_factor(moments, DAMPING), pattern=pattern)
     assert torch.equal(found, weight * mask)
     by_magnitude = magnitude_mask(weight, pattern)
     if pattern.unit == 1:
@@ -135,7 +136,7 @@ def test_inputs_without_correlation_keep_the_energy_of_magnitude_and_move_nothin
     ]
     torch.testing.assert_close(*energies, rtol=1e-9, atol=0)
     grid = grid_of(weight)
-    rounded, _ = sweep(weight, moments, DAMPING, mask=mask, grid=grid)
+    rounded, _ = sweep(weight, inverse_factor(moments, DAMPING), mask=mask, grid=grid)
     assert torch.equal(rounded, grid.nearest(weight) * mask)
 
 
@@ -148,7 +149,7 @@ def test_the_first_group_gets_the_mask_of_least_error_that_compensation_can_reac
     columns = 4 * pattern.group
     weight = noise(3, columns, seed=seed).double()
     rows = correlated(200, columns, seed).double()
-    _, mask = sweep(weight, rows.T @ rows, 1e-9, pattern=pattern)
+    _, mask = sweep(weight, inverse_factor(rows.T @ rows, 1e-9), pattern=pattern)
     for row, chosen in zip(weight, mask, strict=True):
         errors = {}
         for units in combinations(range(0, pattern.group, pattern.unit), pattern.keep):
@@ -164,7 +165,7 @@ def test_the_first_group_gets_the_mask_of_least_error_that_compensation_can_reac
 def test_the_last_group_is_settled_by_the_best_refit_of_its_kept_weights(pattern: Pattern) -> None:
     """With one group alone the sweep is exact: no legal weight has less error."""
     weight, rows = noise(5, pattern.group).double(), correlated(100, pattern.group, 1).double()
-    found, mask = sweep(weight, rows.T @ rows, 1e-12, pattern=pattern)
+    found, mask = sweep(weight, inverse_factor(rows.T @ rows, 1e-12), pattern=pattern)
     for old, new, kept in zip(weight, found, mask, strict=True):
         best = torch.linalg.lstsq(rows[:, kept], (rows @ old).unsqueeze(1)).solution
         torch.testing.assert_close(new[kept], best.squeeze(1))
@@ -181,14 +182,14 @@ def test_correlated_inputs_make_the_sweep_better_than_masking_and_rounding(
     rows = correlated(20 * columns, columns, seed)
     shown, held_out = (second_moments([part]) for part in rows.chunk(2))
     magnitude = weight * magnitude_mask(weight, pattern)
-    pruned, mask = sweep(weight, shown, DAMPING, pattern=pattern)
+    pruned, mask = sweep(weight, inverse_factor(shown, DAMPING), pattern=pattern)
     plain = output_error(weight, magnitude, held_out)
     assert output_error(weight, pruned, held_out) < 0.7 * plain
     grid = grid_of(pruned, COARSE)
-    rounded, _ = sweep(pruned, shown, DAMPING, mask=mask, grid=grid)
+    rounded, _ = sweep(pruned, inverse_factor(shown, DAMPING), mask=mask, grid=grid)
     nearest = output_error(pruned, grid.nearest(pruned), held_out)
     assert output_error(pruned, rounded, held_out) < nearest
-    joint, _ = sweep(weight, shown, DAMPING, pattern=pattern, grid=grid)
+    joint, _ = sweep(weight, inverse_factor(shown, DAMPING), pattern=pattern, grid=grid)
     plain = output_error(weight, grid.nearest(magnitude), held_out)
     assert output_error(weight, joint, held_out) < 0.8 * plain
 
@@ -196,9 +197,9 @@ def test_correlated_inputs_make_the_sweep_better_than_masking_and_rounding(
 @every_pattern
 def test_blocks_change_nothing(pattern: Pattern, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, moments = noise(4, 64).double(), second_moments([correlated(99, 64, 2)])
-    whole, mask = sweep(weight, moments, DAMPING, pattern=pattern)
+    whole, mask = sweep(weight, inverse_factor(moments, DAMPING), pattern=pattern)
     monkeypatch.setattr("gpusq_compile.obs.BLOCK", 10)
-    blocked, same = sweep(weight, moments, DAMPING, pattern=pattern)
+    blocked, same = sweep(weight, inverse_factor(moments, DAMPING), pattern=pattern)
     assert torch.equal(mask, same)
     torch.testing.assert_close(blocked, whole)
 
@@ -210,9 +211,11 @@ def test_a_wide_weight_in_float32_gets_the_mask_and_error_of_float64(
 ) -> None:
     weight, moments = noise(16, 192), second_moments([correlated(2000, 192, 2)])
     grid = None if levels is None else grid_of(weight, levels)
-    exact, mask = sweep(weight, moments, DAMPING, pattern=pattern, grid=grid)
-    monkeypatch.setattr("gpusq_compile.obs.EXACT_COLUMNS", 100)
-    found, other = sweep(weight, moments, DAMPING, pattern=pattern, grid=grid)
+    exact, mask = sweep(weight, inverse_factor(moments, DAMPING), pattern=pattern, grid=grid)
+    for module in ("obs", "inverse_factor"):
+        monkeypatch.setattr(f"gpusq_compile.{module}.EXACT_COLUMNS", 100)
+    assert inverse_factor(moments, DAMPING).dtype == torch.float32
+    found, other = sweep(weight, inverse_factor(moments, DAMPING), pattern=pattern, grid=grid)
     assert mask.eq(other).float().mean() > 0.999
     expected = output_error(weight, exact, moments)
     assert output_error(weight, found, moments) == pytest.approx(expected, rel=1e-3)
@@ -223,21 +226,59 @@ def test_a_wide_weight_in_float32_gets_the_mask_and_error_of_float64(
 def test_a_factor_in_blocks_is_the_one_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     moments = second_moments([correlated(500, 72, 2)])
     whole = inverse_factor(moments, DAMPING)
-    monkeypatch.setattr("gpusq_compile.obs.INVERSE_BLOCK", 16)
+    monkeypatch.setattr("gpusq_compile.inverse_factor.BLOCK", 16)
     factor = inverse_factor(moments, DAMPING)
     torch.testing.assert_close(factor, whole)
     assert torch.equal(factor, factor.triu())
+    found, mask = sweep(weight := noise(4, 72), factor, pattern=TWO_OF_FOUR)
+    # What is below the diagonal is somebody else's.
+    other, same = sweep(weight, factor + torch.ones(72, 72).tril(-1), pattern=TWO_OF_FOUR)
+    assert torch.equal(found, other)
+    assert torch.equal(mask, same)
+
+
+@pytest.mark.parametrize("block", [16, 384])
+def test_one_square_holds_the_moments_and_their_factor(
+    block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpusq_compile.inverse_factor.BLOCK", block)
+    monkeypatch.setattr("gpusq_compile.second_moments.WIDE", 24)
+    square = second_moments([correlated(500, 72, 2).double()])
+    weight, below = noise(4, 72), square.tril(-1)
+    changed = [weight.round(), weight * 0.5]
+    expected = inverse_factor(square, DAMPING)
+    moments = SecondMoments(square)
+    errors = moments.output_errors(weight, changed)
+    for damping in (DAMPING, 10 * DAMPING, DAMPING):
+        factor = moments.inverse_factor(damping)
+        assert factor.data_ptr() == square.data_ptr()
+        assert factor is moments.inverse_factor(damping)
+        assert torch.equal(square.tril(-1), below)
+        assert moments.output_errors(weight, changed) == errors
+    torch.testing.assert_close(factor.triu(), expected)
+
+
+def test_moments_in_float32_that_need_float64_get_a_factor_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gpusq_compile.second_moments.WIDE", 24)
+    square = second_moments([correlated(500, 72, 2)])
+    held = square.clone()
+    factor = SecondMoments(square).inverse_factor(DAMPING)
+    assert (square.dtype, factor.dtype) == (torch.float32, torch.float64)
+    assert torch.equal(square, held)
+    torch.testing.assert_close(factor.triu(), inverse_factor(held, DAMPING))
 
 
 def test_a_dead_input_is_pruned_first_and_disturbs_nobody() -> None:
     rows = noise(50, 8)
     rows[:, [0, 5]] = 0
     weight = torch.ones(6, 8)
-    _, mask = sweep(weight, second_moments([rows]), DAMPING, pattern=TWO_OF_FOUR)
+    _, mask = sweep(weight, inverse_factor(second_moments([rows]), DAMPING), pattern=TWO_OF_FOUR)
     assert not mask[:, [0, 5]].any()
     for pattern in PATTERNS.values():
         weight = noise(6, 8)
-        found, mask = sweep(weight, torch.zeros(8, 8), DAMPING, pattern=pattern)
+        found, mask = sweep(weight, inverse_factor(torch.zeros(8, 8), DAMPING), pattern=pattern)
         assert torch.equal(found, weight * magnitude_mask(weight, pattern))
 
 
@@ -245,7 +286,9 @@ def test_a_dead_input_is_pruned_first_and_disturbs_nobody() -> None:
 def test_a_pair_of_dead_inputs_is_pruned_first(name: str) -> None:
     rows = noise(50, 8)
     rows[:, [2, 3, 4, 5]] = 0
-    _, mask = sweep(torch.ones(6, 8), second_moments([rows]), DAMPING, pattern=PATTERNS[name])
+    _, mask = sweep(
+        torch.ones(6, 8), inverse_factor(second_moments([rows]), DAMPING), pattern=PATTERNS[name]
+    )
     assert mask.tolist() == [[True] * 2 + [False] * 4 + [True] * 2] * 6
 
 
@@ -271,11 +314,16 @@ def test_what_cannot_be_swept_is_refused() -> None:
     weight, moments = torch.ones(2, 6), torch.eye(6)
     for pattern in PATTERNS.values():
         with pytest.raises(ValueError, match=f"6 columns are not a multiple of {pattern.group}"):
-            sweep(weight, moments, DAMPING, pattern=pattern)
+            sweep(weight, inverse_factor(moments, DAMPING), pattern=pattern)
     with pytest.raises(ValueError, match="either chosen or given"):
-        sweep(weight, moments, DAMPING, pattern=TWO_OF_FOUR, mask=torch.ones(2, 6).bool())
+        sweep(
+            weight,
+            inverse_factor(moments, DAMPING),
+            pattern=TWO_OF_FOUR,
+            mask=torch.ones(2, 6).bool(),
+        )
     with pytest.raises(ValueError, match="not finite"):
-        sweep(weight, moments * torch.nan, DAMPING, mask=torch.ones(2, 6).bool())
+        sweep(weight, inverse_factor(moments * torch.nan, DAMPING), mask=torch.ones(2, 6).bool())
 
 
 # --- second moments ------------------------------------------------------------------------------
@@ -339,14 +387,14 @@ def test_wide_moments_and_errors_in_blocks_are_those_at_once(
     rows, weight = correlated(60, 40, 3), noise(5, 40)
     changed = [weight + size * noise(5, 40, seed=1) for size in (0.1, 0.5)]
     moments = second_moments(rows.split(7))
-    errors = output_errors(weight, changed, moments)
+    errors = SecondMoments(moments).output_errors(weight, changed)
     monkeypatch.setattr("gpusq_compile.second_moments.WIDE", 16)
     monkeypatch.setattr("gpusq_compile.second_moments.ROWS_AT_ONCE", rows_at_once)
     wide = second_moments(rows.split(7))
     assert (moments.dtype, wide.dtype) == (torch.float64, torch.float32)
     assert torch.equal(wide, wide.T)
     torch.testing.assert_close(wide.double(), moments, rtol=1e-4, atol=1e-5)
-    assert output_errors(weight, changed, wide) == pytest.approx(errors, rel=1e-4)
+    assert SecondMoments(wide).output_errors(weight, changed) == pytest.approx(errors, rel=1e-4)
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 6, 49, 196])
@@ -366,12 +414,14 @@ def test_the_moments_of_a_layer_come_from_a_bounded_number_of_rows(
     compilation = run_until(begin(seeded(Perceptron), inputs[0], make_rules(), data=inputs), "mark")
     node, plan = node_and_plan(compilation, "first")
 
-    def moments() -> Tensor:
-        return LayerInputs(compilation, "a test").moments(node, plan.name)
+    def factor() -> Tensor:
+        return LayerInputs(compilation, "a test").moments(node, plan.name).inverse_factor(DAMPING)
 
-    torch.testing.assert_close(moments(), second_moments(inputs))
+    expected = inverse_factor(second_moments(inputs), DAMPING)
+    torch.testing.assert_close(factor().triu(), expected)
     monkeypatch.setattr("gpusq_compile.second_moments.MOST_ROWS", 16)
-    torch.testing.assert_close(moments(), second_moments([thinned(x, 2) for x in inputs]))
+    expected = inverse_factor(second_moments([thinned(x, 2) for x in inputs]), DAMPING)
+    torch.testing.assert_close(factor().triu(), expected)
 
 
 def test_mean_squares_are_the_diagonal_of_the_second_moments() -> None:

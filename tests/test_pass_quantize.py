@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.errors import InputError
+from gpusq_compile.inverse_factor import inverse_factor
 from gpusq_compile.obs import Grid, sweep
 from gpusq_compile.quantization.calibrate import weight_scale
 from gpusq_compile.quantization.fake_quantize import MIN_SCALE, FakeQuantize
@@ -332,7 +333,7 @@ def test_gptq_rounds_each_layer_on_the_inputs_that_the_deployed_model_gives_it()
         compilation.ir(inputs)
     handle.remove()
     grid = Grid(expected.exported_scale().detach(), expected.grid)
-    weight, _ = sweep(before, second_moments(shown), 0.01, grid=grid)
+    weight, _ = sweep(before, inverse_factor(second_moments(shown), 0.01), grid=grid)
     assert torch.equal(weights_as_read(compilation, "second")[0], weight)
 
 
@@ -379,7 +380,9 @@ def test_obs_and_gptq_are_one_sweep_where_nothing_runs_between() -> None:
     assert torch.equal(stored, swept)
     assert torch.equal(read, swept)
     grid = Grid(module.exported_scale().detach(), module.grid)
-    expected, _ = sweep(dense, second_moments([inputs]), 0.01, pattern=PATTERNS["2:4"], grid=grid)
+    expected, _ = sweep(
+        dense, inverse_factor(second_moments([inputs]), 0.01), pattern=PATTERNS["2:4"], grid=grid
+    )
     assert torch.equal(swept, expected)
     assert [r for r in remarks_of(compilation, "quantize") if r.code == "rounded"] == []
 

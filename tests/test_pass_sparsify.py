@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.errors import InputError
 from gpusq_compile.graph.query import tensor_attribute
+from gpusq_compile.inverse_factor import inverse_factor
 from gpusq_compile.obs import sweep
 from gpusq_compile.remarks import Kind
-from gpusq_compile.second_moments import output_error, second_moments
+from gpusq_compile.second_moments import second_moments
 from gpusq_compile.sparsity import PATTERNS, Mask, magnitude_mask, violations, wanda_mask
 from tests.compilations import (
     SPARSE,
@@ -27,6 +28,7 @@ from tests.compilations import (
     run_until,
 )
 from tests.models import Convolution, Perceptron, Shape, TinyViT, images, noise, seeded
+from tests.moments import output_error
 
 RULE: dict[str, Any] = {"id": "s", "match": {"op": ["linear", "conv2d"]}, "sparsity": SPARSE}
 
@@ -171,7 +173,9 @@ def test_obs_stores_the_compensated_weight_and_goes_on_from_what_it_puts_out() -
     rows = data
     for layer in ("first", "second"):
         dense = before[f"{layer}.weight"]
-        weight, mask = sweep(dense, second_moments(rows), 0.05, pattern=PATTERNS["2:4"])
+        weight, mask = sweep(
+            dense, inverse_factor(second_moments(rows), 0.05), pattern=PATTERNS["2:4"]
+        )
         torch.testing.assert_close(tensor_attribute(compilation.ir, f"{layer}.weight"), weight)
         assert torch.equal(mask_of(compilation, layer), mask)
         rows = [F.gelu(F.linear(part, weight, before[f"{layer}.bias"])) for part in rows]
