@@ -29,6 +29,7 @@ def tables(results: dict[str, Any]) -> str:
         overview(rows),
         "Seconds, and memory of the compiling process:",
         costs(done),
+        over_their_aims(done),
         "Sizes in MB:",
         file_sizes(done),
         unlike(done),
@@ -104,6 +105,26 @@ def costs(rows: list[dict[str, Any]]) -> str:
             ]
         )
     return table(head, body, left=2)
+
+
+def over_their_aims(rows: list[dict[str, Any]]) -> str:
+    """Which rows take more than they should, as a list, and what of it is the model's own."""
+    lines = []
+    for row in rows:
+        found = []
+        if row["aim_seconds"] and row["compile_seconds"] > row["aim_seconds"]:
+            found.append(f"{row['compile_seconds']:.1f} s of {row['aim_seconds']:g}")
+        if row["peak_bytes"] > row["peak_aim_bytes"]:
+            peak, aim, own = (
+                row[name] / MB
+                for name in ("peak_bytes", "peak_aim_bytes", "own_forward_peak_bytes")
+            )
+            found.append(f"{peak:.0f} MB of {aim:.0f}, the model's own forward {own:.0f}")
+        if found:
+            lines.append(f"- {title(row)}: {'; '.join(found)}")
+    if not lines:
+        return ""
+    return f"Over their aims are {len(lines)} of {len(rows)} rows:\n\n" + "\n".join(lines)
 
 
 def file_sizes(rows: list[dict[str, Any]]) -> str:

@@ -79,6 +79,19 @@ def test_a_row_may_be_verified_by_limits_of_its_own(
     assert "- strict, int8: max_difference 1e-12" in (tmp_path / "models.md").read_text()
 
 
+def test_what_is_over_its_aims_is_listed_with_what_the_model_takes_by_itself(
+    models: ModuleType,
+) -> None:
+    over = __import__("models_table").over_their_aims
+    row = {"name": "tiny", "rules": "int8", "aim_seconds": 60, "compile_seconds": 59.9}
+    row |= {"peak_bytes": 1.1e9, "peak_aim_bytes": 1.2e9, "own_forward_peak_bytes": 0.9e9}
+    assert over([row, row | {"aim_seconds": None, "compile_seconds": 99.0}]) == ""
+    assert over([row, row | {"compile_seconds": 61.25, "peak_bytes": 1.25e9}]) == (
+        "Over their aims are 1 of 2 rows:\n\n"
+        "- tiny, int8: 61.2 s of 60; 1250 MB of 1200, the model's own forward 900"
+    )
+
+
 def test_a_row_is_compiled_again_when_its_sources_or_options_change(models: ModuleType) -> None:
     row = models.Row("tiny", "TinyViT", TINY)
     before = models.fingerprint(row, {"engine": "none"})
