@@ -19,17 +19,6 @@ EXACT_COLUMNS = 512
 """Wider weights are swept in float32, and their moments factorized in it where damping allows."""
 
 
-def inverse_factor(moments: torch.Tensor, damping: float) -> torch.Tensor:
-    """U, upper triangular, with `U.T @ U` the inverse of the damped moments, in a new matrix.
-
-    See `write_inverse_factor`; this one takes the precision that the damping needs.
-    """
-    diagonal = moments.diagonal().clone()
-    square = moments.to(precision(len(moments), damping), copy=True)
-    write_inverse_factor(square, diagonal, damping)
-    return square.triu_()
-
-
 def precision(columns: int, damping: float) -> torch.dtype:
     """float64, or where its rounding errors are small beside the damping, float32.
 

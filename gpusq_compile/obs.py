@@ -61,8 +61,8 @@ def sweep(
 
     Args:
         weight: [out, columns], any float dtype.
-        factor: [columns, columns], the `inverse_factor` of the second moments of the inputs. What
-            is below its diagonal is not read.
+        factor: [columns, columns], the `SecondMoments.inverse_factor` of the inputs. What is below
+            its diagonal is not read.
         pattern: the mask is chosen, in this pattern along the columns.
         mask: bool [out, columns], the mask to keep to. With neither the weight stays dense.
         grid: kept weights are rounded onto it.

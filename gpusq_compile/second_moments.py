@@ -179,6 +179,8 @@ class SecondMoments:
         """U, to be read on and above the diagonal, with `U.T @ U` the inverse of the damped
         moments: [columns, columns], float64 or, if wide and the damping allows, float32.
 
+        It is overwritten where one for another damping is asked for.
+
         Raises:
             ValueError: the moments are not finite.
         """

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from gpusq_compile.inverse_factor import inverse_factor
 from gpusq_compile.lowering.int4 import store_as_int4
 from gpusq_compile.obs import Grid, sweep
 from gpusq_compile.quantization.calibrate import weight_scale
@@ -25,7 +24,7 @@ from gpusq_compile.quantization.fake_quantize import (
 from gpusq_compile.quantization.operators import DEQUANTIZE
 from gpusq_compile.sparsity import PATTERNS, magnitude_mask, violations
 from tests.models import noise
-from tests.moments import output_error
+from tests.moments import inverse_factor, output_error
 
 steady = settings(deadline=None)  # A busy machine is no failure.
 GRID = WEIGHT_RANGES["int4"]

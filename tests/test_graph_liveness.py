@@ -15,11 +15,11 @@ from gpusq_compile.compilation import Compilation
 from gpusq_compile.graph.liveness import live_bytes
 from gpusq_compile.graph.query import op_of
 from gpusq_compile.graph.walk import Walk
-from gpusq_compile.inverse_factor import inverse_factor
 from gpusq_compile.plan import planned
 from gpusq_compile.second_moments import MOST_BYTES, even_ends, samples_with_room
 from tests.compilations import begin, make_rules, node_and_plan, remarks_of, run_until
 from tests.models import Attention, Shape, TinyViT, images, labelled, noise, seeded
+from tests.moments import inverse_factor
 
 FLOAT = 4
 

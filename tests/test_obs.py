@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gpusq_compile.inverse_factor import inverse_factor
 from gpusq_compile.obs import BLOCK, Grid, sweep
 from gpusq_compile.quantization.calibrate import weight_scale
 from gpusq_compile.quantization.fake_quantize import FakeQuantize, IntegerRange
@@ -30,7 +29,7 @@ from gpusq_compile.second_moments import (
 from gpusq_compile.sparsity import PATTERNS, Pattern, magnitude_mask, violations
 from tests.compilations import begin, make_rules, node_and_plan, run_until
 from tests.models import Convolution, Perceptron, noise, seeded
-from tests.moments import output_error
+from tests.moments import inverse_factor, output_error
 
 steady = settings(deadline=None)  # A busy machine is no failure.
 TWO_OF_FOUR = PATTERNS["2:4"]

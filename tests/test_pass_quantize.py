@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.errors import InputError
-from gpusq_compile.inverse_factor import inverse_factor
 from gpusq_compile.obs import Grid, sweep
 from gpusq_compile.quantization.calibrate import weight_scale
 from gpusq_compile.quantization.fake_quantize import MIN_SCALE, FakeQuantize
@@ -32,6 +31,7 @@ from tests.compilations import (
     run_until,
 )
 from tests.models import Perceptron, Shape, TinyViT, images, noise, seeded
+from tests.moments import inverse_factor
 
 
 def rule(**quantize: Any) -> dict[str, Any]:

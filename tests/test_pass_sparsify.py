@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from gpusq_compile.compilation import Compilation
 from gpusq_compile.errors import InputError
 from gpusq_compile.graph.query import tensor_attribute
-from gpusq_compile.inverse_factor import inverse_factor
 from gpusq_compile.obs import sweep
 from gpusq_compile.remarks import Kind
 from gpusq_compile.second_moments import second_moments
@@ -28,7 +27,7 @@ from tests.compilations import (
     run_until,
 )
 from tests.models import Convolution, Perceptron, Shape, TinyViT, images, noise, seeded
-from tests.moments import output_error
+from tests.moments import inverse_factor, output_error
 
 RULE: dict[str, Any] = {"id": "s", "match": {"op": ["linear", "conv2d"]}, "sparsity": SPARSE}
 
